@@ -1,0 +1,266 @@
+"""Where images come from, and the order in which training sees them."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+
+import keras
+import numpy as np
+
+# Sets whose classes a mirror changes: a mirrored 2 is no digit.
+NOT_MIRRORED = {
+    "binarized_mnist",
+    "digits",
+    "emnist",
+    "kmnist",
+    "mnist",
+    "mnist_corrupted",
+    "omniglot",
+    "svhn_cropped",
+}
+# Share of the images that becomes the test set where a source has none; the seed never changes.
+TEST_SHARE, TEST_SEED = 0.2, 0
+# Side that images are resized to where those of a set differ in size.
+MIXED_SIZE_SIDE = 64
+
+
+class DatasetError(RuntimeError):
+    """A data set is unknown, not on disk and not to be had, or not for image classification."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Labelled images for training and testing, in memory.
+
+    Attributes:
+        name: string, the source.
+        train_images, test_images: uint8 arrays `(N, H, W, C)`, 0 to 255.
+        train_labels, test_labels: int64 arrays `(N,)`, 0 to `len(class_names) - 1`.
+        class_names: list of strings.
+        horizontal_flip: bool, whether a mirrored image keeps its class.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: list
+    horizontal_flip: bool
+
+    @property
+    def image_shape(self):
+        return self.train_images.shape[1:]
+
+    def limit_train(self, count, seed):
+        """The same data with `count` training images, drawn from each class in proportion."""
+        kept, _ = self._split_train(count, seed)
+        return kept
+
+    def hold_out(self, count, seed):
+        """Sets `count` training images aside, drawn from each class in proportion.
+
+        Returns:
+            The data without them, and the pair `(images, labels)` held out.
+        """
+        kept, aside = self._split_train(len(self.train_labels) - count, seed)
+        return kept, (self.train_images[aside], self.train_labels[aside])
+
+    def _split_train(self, count, seed):
+        total, classes = len(self.train_labels), len(self.class_names)
+        if not classes <= count <= total - classes:
+            if count == total:
+                return self, np.empty(0, int)
+            raise ValueError(
+                f"Expected to keep at least one image of each of the {classes} classes and to set "
+                f"as many aside, out of {total} training images. Received: {count} to keep"
+            )
+        kept, aside = stratified_split(self.train_labels, count, seed)
+        images, labels = self.train_images[kept], self.train_labels[kept]
+        return dataclasses.replace(self, train_images=images, train_labels=labels), aside
+
+
+class Batches(keras.utils.PyDataset):
+    """Training batches for `model.fit`, in an order that depends on seed and epoch alone.
+
+    Args:
+        images: array `(N, H, W, C)`.
+        labels: array `(N,)`.
+        batch_size: int, images in a batch; the last one holds what is left.
+        seed: int, at least 0.
+        epoch: int, the epoch that comes first, counted from zero.
+    """
+
+    def __init__(self, images, labels, batch_size, seed, epoch=0):
+        super().__init__()
+        self.images, self.labels, self.batch_size = images, labels, batch_size
+        self.seed, self.epoch = seed, epoch
+        self._shuffle()
+
+    @property
+    def num_batches(self):
+        return math.ceil(len(self.labels) / self.batch_size)
+
+    def __getitem__(self, index):
+        chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self.images[chosen], self.labels[chosen]
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        self._shuffle()
+
+    def _shuffle(self):
+        self._order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.labels))
+
+
+def load_dataset(source="cifar10", data_dir=None):
+    """Loads labelled images for training and testing.
+
+    Args:
+        source: string, `"digits"` for the 1,797 scanned digits that
+            scikit-learn carries, enlarged from 8x8 to 32x32 RGB, or the name
+            of any image classification set of TensorFlow Datasets, such as
+            `"cifar10"`. Images of different sizes are resized to 64x64. A set
+            without a test split gives up a fifth of its images for one.
+        data_dir: string, folder of prepared TensorFlow Datasets; by default
+            `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        DatasetError: if the set is unknown, if it is neither on disk nor can
+            be downloaded, or if it is not for image classification.
+    """
+    return _load_digits() if source == "digits" else _load_tfds(source, data_dir)
+
+
+def stratified_split(labels, count, seed):
+    """Splits indices into `count` and the rest, each class in proportion, both in rising order."""
+    from sklearn.model_selection import train_test_split
+
+    first, second = train_test_split(
+        np.arange(len(labels)), train_size=count, stratify=labels, random_state=seed
+    )
+    return np.sort(first), np.sort(second)
+
+
+def _load_digits():
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    scans = np.round(digits.images * (255 / 16)).astype("uint8")
+    side = 32, 32
+    images = np.stack([Image.fromarray(x).resize(side, Image.Resampling.BICUBIC) for x in scans])
+    images = np.repeat(images[..., None], 3, axis=-1)
+    return _split("digits", images, digits.target, [str(name) for name in digits.target_names])
+
+
+def _load_tfds(source, data_dir):
+    builder = _builder(source, data_dir)
+    image_feature, label_feature = _supervised_features(builder)
+    _prepare(builder)
+    splits = builder.info.splits
+    test_name = next((name for name in ("test", "validation") if name in splits), None)
+    train = _read_split(builder, "train", image_feature)
+    names = list(label_feature.names)
+    if test_name is None:
+        return _split(source, *train, names)
+    test = _read_split(builder, test_name, image_feature)
+    return Dataset(source, *train, *test, names, _may_mirror(source))
+
+
+def _builder(source, data_dir):
+    import tensorflow_datasets as tfds
+
+    try:
+        return tfds.builder(source, data_dir=data_dir)
+    except Exception as error:
+        raise DatasetError(
+            f"no data set named {source!r}: expected 'digits' or the name of an image "
+            f"classification set of TensorFlow Datasets ({_first_line(error)})"
+        ) from error
+
+
+def _prepare(builder):
+    """Downloads a set unless its files lie on disk."""
+    import tensorflow_datasets as tfds
+
+    try:
+        with _few_retries():
+            config = tfds.download.DownloadConfig(try_download_gcs=False)
+            builder.download_and_prepare(download_config=config)
+    except Exception as error:
+        raise DatasetError(
+            f"{builder.name} is not in {builder.data_dir} and could not be downloaded "
+            f"({_first_line(error)}). Prepare it on a machine with a network by "
+            f"`tfds build {builder.name}`, copy the folder, and name its parent with --data-dir "
+            "or the environment variable TFDS_DATA_DIR"
+        ) from error
+
+
+@contextlib.contextmanager
+def _few_retries():
+    """Bounds the retries of a download: without a network their growing pauses take minutes."""
+    from tensorflow_datasets.core.download import downloader
+
+    retries, logger = downloader.MAX_RETRIES, logging.getLogger("urllib3.connectionpool")
+    level = logger.level
+    downloader.MAX_RETRIES = 3
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        downloader.MAX_RETRIES = retries
+        logger.setLevel(level)
+
+
+def _supervised_features(builder):
+    """The features for image and label of a classification set."""
+    import tensorflow_datasets as tfds
+
+    features, keys = builder.info.features, builder.info.supervised_keys or ()
+    pair = [features[key] for key in keys if isinstance(key, str)]
+    kinds = (tfds.features.Image, tfds.features.ClassLabel)
+    if len(pair) != 2 or not all(map(isinstance, pair, kinds)) or pair[0].dtype != np.uint8:
+        raise DatasetError(
+            f"{builder.name} is not an image classification set: expected 8-bit images with one "
+            f"label each, but it is supervised by {keys or 'nothing'}"
+        )
+    return pair
+
+
+def _read_split(builder, split, image_feature):
+    """Images and labels of one split, decoded into two arrays."""
+    import tensorflow as tf
+
+    images = builder.as_dataset(split=split, as_supervised=True)
+    if None in image_feature.shape:
+        side = MIXED_SIZE_SIDE, MIXED_SIZE_SIDE
+
+        def resize(image, label):
+            image = tf.image.resize(tf.cast(image, tf.float32), side, antialias=True)
+            return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8), label
+
+        images = images.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
+    whole = images.batch(builder.info.splits[split].num_examples).get_single_element()
+    return tuple(np.asarray(array) for array in whole)
+
+
+def _split(name, images, labels, class_names):
+    """A `Dataset` out of images that nobody has split."""
+    count = len(labels) - round(len(labels) * TEST_SHARE)
+    train, test = stratified_split(labels, count, TEST_SEED)
+    pairs = images[train], labels[train], images[test], labels[test]
+    return Dataset(name, *pairs, class_names, _may_mirror(name))
+
+
+def _may_mirror(source):
+    return source.split(":")[0].split("/")[0] not in NOT_MIRRORED
+
+
+def _first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

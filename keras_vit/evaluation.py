@@ -1,0 +1,104 @@
+"""Numbers about a trained model: how right it is, how fast it learned, on what it ran."""
+
+import importlib.metadata
+import os
+import platform
+import statistics
+
+import keras
+import numpy as np
+from sklearn import metrics
+
+BATCH_SIZE = 256
+
+
+def predict(model, images):
+    """Class probabilities `(N, num_classes)` of images `(N, H, W, C)`, in float64."""
+    logits = model.predict(images, batch_size=BATCH_SIZE, verbose=0).astype("float64")
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def classification_metrics(probabilities, labels, class_names):
+    """How well probabilities predict labels.
+
+    Args:
+        probabilities: array `(N, num_classes)`, rows sum to one.
+        labels: integer array `(N,)`.
+        class_names: list of strings.
+
+    Returns:
+        Dictionary with `accuracy` and `loss` (cross-entropy in nats), and under `per_class`
+        precision, recall, F1 score and number of images of each class.
+    """
+    classes = range(len(class_names))
+    predicted = probabilities.argmax(axis=1)
+    table = metrics.classification_report(
+        labels,
+        predicted,
+        labels=classes,
+        target_names=class_names,
+        output_dict=True,
+        zero_division=0,
+    )
+    return {
+        "accuracy": float(metrics.accuracy_score(labels, predicted)),
+        "loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
+        "per_class": {
+            name: {
+                "precision": table[name]["precision"],
+                "recall": table[name]["recall"],
+                "f1_score": table[name]["f1-score"],
+                "images": int(table[name]["support"]),
+            }
+            for name in class_names
+        },
+    }
+
+
+def training_metrics(history, images):
+    """Length and speed of a run out of `fit`'s history and the number of training images."""
+    seconds = history["seconds"]
+    typical = statistics.median(seconds[1:] or seconds)  # The first epoch compiles.
+    return {
+        "epochs": len(seconds),
+        "training_seconds": round(sum(seconds), 1),
+        "images_per_second": round(images / typical, 1),
+    }
+
+
+def environment():
+    """What a run ran on: backend, device, and versions of the packages that matter."""
+    backend = keras.backend.backend()
+    packages = ("keras", "numpy", *{backend, "tensorflow"})
+    versions = {}
+    for name in sorted(packages):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    devices = keras.distribution.list_devices("gpu") or keras.distribution.list_devices("cpu")
+    return {
+        "backend": backend,
+        "device": f"{devices[0]}, {_processor()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def per_class_table(results):
+    """The classes of `classification_metrics` as lines of text."""
+    width = max(len("class"), *map(len, results["per_class"]))
+    lines = [f"{'class':{width}}  precision  recall      F1  images"]
+    for name, row in results["per_class"].items():
+        numbers = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1_score']:6.3f}"
+        lines.append(f"{name:{width}}  {numbers}  {row['images']:6d}")
+    return "\n".join(lines)
+
+
+def _processor():
+    """The processor's name; `platform` leaves it out on Linux."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,233 @@
+"""Random crops resized to one size: the augmentation that image classifiers lean on most."""
+
+import math
+import numbers
+
+import keras
+
+ATTEMPTS = 10
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class RandomResizedCrop(keras.layers.RandomCrop):
+    """Crops a random box out of every image and resizes it to one size.
+
+    Each image of a batch gets a box of its own, drawn by the rule that made
+    the augmentation known (Szegedy et al., 2015, and torchvision's
+    `RandomResizedCrop`): the share of the area is uniform in `scale`, the
+    aspect ratio log-uniform in `ratio`, the sides are rounded to whole pixels
+    and the position is uniform. A box that does not fit into the image is
+    drawn again, up to ten times; after that, the largest central box whose
+    aspect ratio lies within `ratio` is taken.
+
+    The box is resampled with half-pixel centres and never reads a pixel
+    outside itself. Bilinear interpolation is antialiased when it shrinks, as
+    Pillow's is. Resampling is separable and linear, so a batch is resized by
+    two products with small matrices: this compiles under XLA, keeps its speed
+    on every device and has a gradient.
+
+    With `training=False` the whole image is resized; images that have the
+    target size already pass unchanged.
+
+    **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
+    backend Keras runs on.
+
+    Input shape:
+        3D tensor (one image) or 4D tensor (a batch): `(..., H, W, C)` with
+        `"channels_last"`, `(..., C, H, W)` with `"channels_first"`. Integers
+        or floats of any range; 0 to 255 by convention.
+
+    Output shape:
+        `(..., height, width, C)` or `(..., C, height, width)`, in the dtype
+        that the layer computes in.
+
+    Args:
+        height: int, height of the output in pixels, at least 1.
+        width: int, width of the output in pixels, at least 1.
+        scale: pair of floats in (0, 1], smallest and largest share of the
+            image's area that a box covers.
+        ratio: pair of positive floats, smallest and largest aspect ratio
+            (width over height) of a box.
+        interpolation: `"bilinear"` or `"nearest"`.
+        seed: int, makes the boxes reproducible.
+        data_format: `"channels_last"` or `"channels_first"`; by default what
+            the Keras configuration says.
+        **kwargs: base layer keyword arguments, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: if an argument lies outside the ranges above, or if the
+            input has neither three nor four dimensions.
+
+    Example:
+
+    >>> images = np.random.uniform(0, 255, (8, 40, 48, 3))
+    >>> crop = keras_vit.RandomResizedCrop(32, 32, scale=(0.8, 1.0))
+    >>> crop(images, training=True).shape
+    (8, 32, 32, 3)
+    """
+
+    def __init__(
+        self,
+        height,
+        width,
+        scale=(0.8, 1.0),
+        ratio=(0.9, 1.1),
+        interpolation="bilinear",
+        seed=None,
+        data_format=None,
+        **kwargs,
+    ):
+        super().__init__(
+            _positive_integer("height", height),
+            _positive_integer("width", width),
+            seed=seed,
+            data_format=data_format,
+            **kwargs,
+        )
+        self.scale = _range("scale", scale, upper=1.0)
+        self.ratio = _range("ratio", ratio, upper=math.inf)
+        if interpolation not in ("bilinear", "nearest"):
+            raise ValueError(
+                "Expected `interpolation` to be 'bilinear' or 'nearest'. "
+                f"Received: interpolation={interpolation!r}"
+            )
+        self.interpolation = interpolation
+        self.seed = seed
+        self.supports_jit = True
+
+    def get_random_transformation(self, data, training=True, seed=None):
+        """Boxes as four tensors of shape `(B,)`: top, left, height and width in pixels."""
+        if not training:
+            return None
+        images = data["images"] if isinstance(data, dict) else data
+        self._is_batched(images)
+        shape = self.backend.shape(images)
+        batch_size = 1 if len(shape) == 3 else shape[0]
+        image_height = self.backend.cast(shape[self.height_axis], "float32")
+        image_width = self.backend.cast(shape[self.width_axis], "float32")
+        if seed is None:
+            seed = self._get_seed_generator(self.backend.name)
+        draws = self.backend.random.uniform((batch_size, 2 * ATTEMPTS + 2), seed=seed)
+        area_draws, ratio_draws = draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2]
+        top_draw, left_draw = draws[:, -2], draws[:, -1]
+
+        np = self.backend.numpy
+        area = image_height * image_width * _between(*self.scale, area_draws)
+        ratio = np.exp(_between(math.log(self.ratio[0]), math.log(self.ratio[1]), ratio_draws))
+        heights, widths = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
+
+        # The central box always fits, so as the last candidate it is taken only if no draw fits.
+        central_height = np.clip(np.round(image_width / self.ratio[0]), 1, image_height)
+        central_width = np.clip(np.round(image_height * self.ratio[1]), 1, image_width)
+        last = np.zeros_like(heights[:, :1])
+        heights = np.concatenate([heights, last + central_height], axis=1)
+        widths = np.concatenate([widths, last + central_width], axis=1)
+        fits = (heights >= 1) & (widths >= 1) & (heights <= image_height) & (widths <= image_width)
+        index = np.argmax(self.backend.cast(fits, "int32"), axis=1)
+        chosen = self.backend.nn.one_hot(index, ATTEMPTS + 1, dtype="float32")
+        height, width = np.sum(heights * chosen, axis=1), np.sum(widths * chosen, axis=1)
+
+        is_central = index == ATTEMPTS
+        return (
+            _position(np, top_draw, image_height - height, is_central),
+            _position(np, left_draw, image_width - width, is_central),
+            height,
+            width,
+        )
+
+    def transform_images(self, images, transformation, training=True):
+        return self._resample(images, transformation, self.interpolation)
+
+    def transform_segmentation_masks(self, segmentation_masks, transformation, training=True):
+        return self._resample(segmentation_masks, transformation, "nearest")
+
+    def transform_bounding_boxes(self, bounding_boxes, transformation, training=True):
+        raise NotImplementedError(
+            f"{self.__class__.__name__} does not transform bounding boxes: use it for classification."
+        )
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "scale": self.scale,
+            "ratio": self.ratio,
+            "interpolation": self.interpolation,
+        }
+
+    def _resample(self, images, boxes, interpolation):
+        """Resizes the boxes of a batch of images, or whole images where `boxes` is None."""
+        np = self.backend.numpy
+        shape = self.backend.shape(images)
+        image_height, image_width = shape[self.height_axis], shape[self.width_axis]
+        if boxes is None:
+            if (image_height, image_width) == (self.height, self.width):
+                return self.backend.cast(images, self.compute_dtype)
+            zero = np.zeros((1,), "float32")
+            boxes = (zero, zero, zero + image_height, zero + image_width)
+        top, left, height, width = boxes
+        rows = self._matrix(top, height, image_height, self.height, interpolation)
+        columns = self._matrix(left, width, image_width, self.width, interpolation)
+
+        # Half precision would move a crop by up to a pixel, so that weights stay in float32.
+        images = self.backend.cast(images, rows.dtype)
+        if self.data_format == "channels_last":
+            images = np.transpose(images, (0, 3, 1, 2))
+        images = np.matmul(np.matmul(rows[:, None], images), np.swapaxes(columns, 1, 2)[:, None])
+        if self.data_format == "channels_last":
+            images = np.transpose(images, (0, 2, 3, 1))
+        return self.backend.cast(images, self.compute_dtype)
+
+    def _matrix(self, start, length, input_size, output_size, interpolation):
+        """Weights of `input_size` pixels in `output_size` pixels along one side of the boxes.
+
+        `start` and `length` have shape `(B,)`, the result `(B, output_size, input_size)`. Each
+        row sums to one and is zero outside the box.
+        """
+        np = self.backend.numpy
+        start, length = start[:, None, None], length[:, None, None]
+        output = np.arange(output_size, dtype="float32")[None, :, None]
+        source = np.arange(input_size, dtype="float32")[None, None, :] - start
+        center = (output + 0.5) * length / output_size
+        if interpolation == "nearest":
+            weights = self.backend.cast(source == np.floor(center), "float32")
+        else:
+            support = np.maximum(length / output_size, 1.0)
+            weights = np.maximum(1.0 - np.abs(source + 0.5 - center) / support, 0.0)
+        weights = np.where((source >= 0) & (source < length), weights, 0.0)
+        return weights / np.sum(weights, axis=2, keepdims=True)
+
+
+def _between(low, high, draws):
+    """Moves draws from [0, 1) to [low, high)."""
+    return low + (high - low) * draws
+
+
+def _position(np, draw, room, is_central):
+    """Whole pixels between the edge of an image and a box that leaves `room` pixels free."""
+    # A draw just below one can round up to `room + 1`.
+    anywhere = np.minimum(np.floor(draw * (room + 1)), room)
+    return np.where(is_central, np.floor(room / 2), anywhere)
+
+
+def _positive_integer(name, value):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(
+            f"Expected `{name}` to be an integer of at least 1. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def _range(name, value, upper):
+    """`value` as a pair of floats with 0 < low <= high <= upper."""
+    limit = "" if upper == math.inf else f" <= {upper:g}"
+    try:
+        low, high = (float(number) for number in value)
+        valid = 0 < low <= high <= upper and high < math.inf
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"Expected `{name}` to be a pair of numbers (low, high) with 0 < low <= high{limit}. "
+            f"Received: {name}={value!r}"
+        )
+    return low, high

@@ -1,0 +1,97 @@
+"""The two learned additions to a sequence of tokens: a class token and positions."""
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class ClassToken(keras.layers.Layer):
+    """Puts a learned token in front of every sequence.
+
+    After the last block, this token alone is read by the classifier (BERT's
+    `[CLS]`, taken over by Dosovitskiy et al., 2021).
+
+    Input shape:
+        3D tensor `(B, N, D)`.
+
+    Output shape:
+        3D tensor `(B, N + 1, D)`, the class token at position zero.
+
+    Args:
+        initializer: initializer of the token, which starts as normal noise
+            with standard deviation 0.02.
+        **kwargs: base layer keyword arguments, such as `name` and `dtype`.
+    """
+
+    def __init__(self, initializer=None, **kwargs):
+        super().__init__(**kwargs)
+        self.initializer = _token_initializer(initializer)
+
+    def build(self, input_shape):
+        self.token = self.add_weight(
+            name="token", shape=(1, 1, input_shape[-1]), initializer=self.initializer
+        )
+
+    def call(self, tokens):
+        batch_size, _, width = ops.shape(tokens)
+        class_token = ops.broadcast_to(self.token, (batch_size, 1, width))
+        return ops.concatenate([ops.cast(class_token, tokens.dtype), tokens], axis=1)
+
+    def compute_output_shape(self, input_shape):
+        batch_size, length, width = input_shape
+        return (batch_size, None if length is None else length + 1, width)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initializer": keras.initializers.serialize(self.initializer),
+        }
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class PositionEmbedding(keras.layers.Layer):
+    """Adds a learned vector to the token at each position.
+
+    Attention treats tokens as a set; these vectors tell it where a token
+    stood.
+
+    Input shape:
+        3D tensor `(B, T, D)` with known `T`.
+
+    Output shape:
+        3D tensor `(B, T, D)`.
+
+    Args:
+        initializer: initializer of the vectors, which start as normal noise
+            with standard deviation 0.02.
+        **kwargs: base layer keyword arguments, such as `name` and `dtype`.
+    """
+
+    def __init__(self, initializer=None, **kwargs):
+        super().__init__(**kwargs)
+        self.initializer = _token_initializer(initializer)
+
+    def build(self, input_shape):
+        _, length, width = input_shape
+        self.position = self.add_weight(
+            name="position", shape=(1, length, width), initializer=self.initializer
+        )
+
+    def call(self, tokens):
+        return tokens + ops.cast(self.position, tokens.dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "initializer": keras.initializers.serialize(self.initializer),
+        }
+
+
+def _token_initializer(identifier):
+    """A new initializer, so that no two layers draw the same numbers."""
+    if identifier is None:
+        return keras.initializers.RandomNormal(stddev=0.02)
+    return keras.initializers.get(identifier)

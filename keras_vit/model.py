@@ -1,0 +1,161 @@
+"""The Vision Transformer as one functional graph, from raw pixels to logits."""
+
+import keras
+
+from keras_vit.layers import ClassToken, Patches, PositionEmbedding, RandomResizedCrop
+
+EPSILON = 1e-6
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class VisionTransformer(keras.Model):
+    """Vision Transformer (Dosovitskiy et al., 2021) that carries its own preprocessing.
+
+    Augmentation and normalization are the first layers of the model: it takes
+    raw pixels, augments them while training only, and a saved model cannot be
+    served with the wrong preprocessing.
+
+    Input shape:
+        4D tensor `(B, H, W, C)`, integers or floats from 0 to 255.
+
+    Output shape:
+        2D tensor `(B, num_classes)`, logits.
+
+    Args:
+        image_shape: tuple `(H, W, C)`, the shape of one image.
+        num_classes: int, number of classes.
+        patch_size: int, side `P` of a patch in pixels; divides `H` and `W`.
+        embed_dim: int, width `D` of a token; a multiple of `num_heads`.
+        mlp_dim: int, width of the hidden layer of a block's MLP.
+        num_heads: int, attention heads `A` of a block.
+        depth: int, number of blocks `L`.
+        dropout: float in [0, 1), rate of every dropout, attention's included.
+        augmentation: list of layers applied to the images of a training
+            batch, in order. By default a horizontal flip and a
+            `RandomResizedCrop` to the same size; `[]` for none.
+        **kwargs: base model keyword arguments, such as `name`.
+
+    Example:
+
+    >>> model = keras_vit.VisionTransformer()
+    >>> model.adapt(train_images)
+    >>> model.predict(test_images).shape
+    (10000, 10)
+    """
+
+    def __init__(
+        self,
+        image_shape=(32, 32, 3),
+        num_classes=10,
+        patch_size=4,
+        embed_dim=256,
+        mlp_dim=512,
+        num_heads=8,
+        depth=6,
+        dropout=0.2,
+        augmentation=None,
+        **kwargs,
+    ):
+        if embed_dim % num_heads:
+            raise ValueError(
+                "Expected `embed_dim` to be a multiple of `num_heads`. "
+                f"Received: embed_dim={embed_dim}, num_heads={num_heads}"
+            )
+        if augmentation is None:
+            augmentation = default_augmentation(image_shape)
+
+        images = x = keras.Input(image_shape, name="images")
+        for layer in augmentation:
+            x = layer(x)
+        # Pixels stay in float32 under mixed precision: bfloat16 would round them.
+        normalization = keras.layers.Normalization(dtype="float32", name="normalization")
+        x = normalization(x)
+
+        x = Patches(patch_size, name="patches")(x)
+        x = keras.layers.Dense(embed_dim, name="patch_embedding")(x)
+        x = ClassToken(name="class_token")(x)
+        x = PositionEmbedding(name="position_embedding")(x)
+        x = keras.layers.Dropout(dropout, name="dropout")(x)
+        for block in range(1, depth + 1):
+            x = transformer_block(x, mlp_dim, num_heads, dropout, name=f"block_{block}")
+        x = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(x)
+        head = keras.layers.Dense(
+            num_classes, kernel_initializer="zeros", dtype="float32", name="head"
+        )
+        logits = head(x[:, 0])
+
+        super().__init__(inputs=images, outputs=logits, **kwargs)
+        self.normalization = normalization
+        self.config = {
+            "image_shape": tuple(image_shape),
+            "num_classes": num_classes,
+            "patch_size": patch_size,
+            "embed_dim": embed_dim,
+            "mlp_dim": mlp_dim,
+            "num_heads": num_heads,
+            "depth": depth,
+            "dropout": dropout,
+            "augmentation": augmentation,
+        }
+
+    def adapt(self, images):
+        """Learns mean and variance of each channel; call it before `fit`, with training images.
+
+        Args:
+            images: array `(B, H, W, C)` of raw pixels.
+        """
+        self.normalization.adapt(images)
+
+    def get_config(self):
+        augmentation = [keras.saving.serialize_keras_object(x) for x in self.config["augmentation"]]
+        return {**self.config, "augmentation": augmentation, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        layers = [
+            keras.saving.deserialize_keras_object(layer, custom_objects=custom_objects)
+            for layer in config["augmentation"]
+        ]
+        return cls(**{**config, "augmentation": layers})
+
+
+def default_augmentation(image_shape, horizontal_flip=True):
+    """The layers that vary training images: a flip with probability 0.5, then a crop.
+
+    Args:
+        image_shape: tuple `(H, W, C)`.
+        horizontal_flip: bool; digits and letters must not be mirrored.
+    """
+    height, width, _ = image_shape
+    like_pixels = {"data_format": "channels_last", "dtype": "float32"}
+    flip = keras.layers.RandomFlip("horizontal", name="random_flip", **like_pixels)
+    crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels)
+    return [flip, crop] if horizontal_flip else [crop]
+
+
+def transformer_block(x, mlp_dim, num_heads, dropout, name):
+    """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
+
+    Args:
+        x: tokens `(B, T, D)`.
+        mlp_dim: int, width of the MLP's hidden layer.
+        num_heads: int, attention heads.
+        dropout: float, rate of every dropout.
+        name: string that starts the names of the block's layers.
+
+    Returns:
+        Tokens `(B, T, D)`.
+    """
+    width = x.shape[-1]
+    normed = keras.layers.LayerNormalization(epsilon=EPSILON, name=f"{name}_attention_norm")(x)
+    attended = keras.layers.MultiHeadAttention(
+        num_heads, width // num_heads, dropout=dropout, name=f"{name}_attention"
+    )(normed, normed)
+    x = keras.layers.Add(name=f"{name}_attention_sum")([x, attended])
+
+    y = keras.layers.LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
+    y = keras.layers.Dense(mlp_dim, activation="gelu", name=f"{name}_mlp_hidden")(y)
+    y = keras.layers.Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
+    y = keras.layers.Dense(width, name=f"{name}_mlp_output")(y)
+    y = keras.layers.Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)
+    return keras.layers.Add(name=f"{name}_mlp_sum")([x, y])

@@ -1,0 +1,51 @@
+"""What to train and how, as data: every number that a researcher wants to change."""
+
+import dataclasses
+
+
+def option(default, help, low=None, below=None, above=None, choices=None):
+    """A field that becomes a command line option.
+
+    Args:
+        default: its value where nobody says otherwise.
+        help: string, its line in `--help`.
+        low: smallest value that is allowed.
+        above, below: values between which it must lie, both excluded.
+        choices: values that are allowed.
+    """
+    limits = {"low": low, "above": above, "below": below, "choices": choices}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The settings that a recipe fixes."""
+
+    epochs: int = option(160, "passes over the training images", low=1)
+    batch_size: int = option(128, "images in a batch", low=1)
+    learning_rate: float = option(3e-4, "AdamW's learning rate at the start", above=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    milestones: tuple = option(
+        (100 / 160, 150 / 160),
+        "shares of the run after which the learning rate falls to a tenth",
+        above=0,
+        below=1,
+    )
+    patch_size: int = option(4, "side of a patch in pixels", low=1)
+    embed_dim: int = option(256, "width of a token", low=1)
+    mlp_dim: int = option(512, "width of the hidden layer of a block's MLP", low=1)
+    num_heads: int = option(8, "attention heads of a block", low=1)
+    depth: int = option(6, "number of transformer blocks", low=1)
+    dropout: float = option(0.2, "rate of every dropout", low=0, below=1)
+    augmentation: bool = option(True, "flip and crop training images at random")
+
+
+@dataclasses.dataclass(frozen=True)
+class Baseline(Recipe):
+    """A small Vision Transformer, 3.2 million parameters, trained as tutorials do.
+
+    AdamW at 3e-4, divided by ten after 100 and after 150 of 160 epochs; flip and mild crop.
+    """
+
+
+RECIPES = {"baseline": Baseline}

@@ -1,0 +1,122 @@
+"""Compiling a model and fitting it by a recipe."""
+
+import signal
+import time
+
+import keras
+
+from keras_vit.data import Batches
+
+
+def step_schedule(learning_rate, epochs, milestones):
+    """A learning rate that falls to a tenth at each milestone.
+
+    Args:
+        learning_rate: float, the rate at the start.
+        epochs: int, length of the run.
+        milestones: floats in (0, 1), shares of the run.
+
+    Returns:
+        A function of the epoch, counted from zero, for `LearningRateScheduler`, and the list of
+        epochs at which the rate falls.
+    """
+    falls = [round(share * epochs) for share in milestones]
+
+    def schedule(epoch, _=None):
+        return learning_rate * 0.1 ** sum(epoch >= fall for fall in falls)
+
+    return schedule, falls
+
+
+def has_gpu():
+    """Whether Keras's backend sees an accelerator."""
+    return bool(keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu"))
+
+
+def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboard=False):
+    """Compiles and trains a model by a recipe.
+
+    Args:
+        model: a `VisionTransformer`, adapted to the training images.
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+        seed: int, decides the order of the images in each epoch.
+        validation: pair `(images, labels)` to measure after each epoch.
+        run_dir: `Path` of an existing folder for `history.csv`, `best.keras` (with `validation`)
+            and TensorBoard's logs.
+        tensorboard: bool, whether to write those logs.
+
+    Returns:
+        Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
+        `seconds`, and `val_loss` and `val_accuracy` with `validation`; and a bool: whether Ctrl-C
+        ended the run early.
+    """
+    compile_model(model, recipe)
+    schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+    stopper = StopOnInterrupt()
+    callbacks = [keras.callbacks.LearningRateScheduler(schedule), EpochTimer(), stopper]
+    if run_dir is not None:
+        callbacks.append(keras.callbacks.CSVLogger(run_dir / "history.csv"))
+        if validation is not None:
+            best = {"monitor": "val_accuracy", "mode": "max", "save_best_only": True}
+            callbacks.append(keras.callbacks.ModelCheckpoint(run_dir / "best.keras", **best))
+        if tensorboard:
+            callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
+
+    batches = Batches(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
+    history = model.fit(
+        batches,
+        epochs=recipe.epochs,
+        shuffle=False,
+        validation_data=validation,
+        validation_batch_size=recipe.batch_size,
+        callbacks=callbacks,
+    )
+    return history.history, stopper.interrupted
+
+
+def compile_model(model, recipe):
+    """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
+    # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
+    on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not has_gpu()
+    model.compile(
+        optimizer=keras.optimizers.AdamW(recipe.learning_rate, weight_decay=recipe.weight_decay),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=False if on_tensorflow_cpu else "auto",
+    )
+
+
+class EpochTimer(keras.callbacks.Callback):
+    """Adds to the logs of an epoch the seconds that its training steps took."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._end = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs["seconds"] = round(self._end - self._start, 3)
+
+
+class StopOnInterrupt(keras.callbacks.Callback):
+    """Lets Ctrl-C finish the step in progress and end the training; a second one ends it at once.
+
+    An exception in the middle of a step would leave JAX without weights: their memory was given
+    to the step.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.interrupted = False
+
+    def on_train_begin(self, logs=None):
+        self._previous = signal.signal(signal.SIGINT, self._interrupt)
+
+    def on_train_end(self, logs=None):
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _interrupt(self, *_):
+        self.interrupted = self.model.stop_training = True
+        signal.signal(signal.SIGINT, self._previous)

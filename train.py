@@ -1,0 +1,8 @@
+"""Trains a Vision Transformer and shows what it learned: `python train.py --help`."""
+
+import sys
+
+from keras_vit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
