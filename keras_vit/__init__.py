@@ -6,7 +6,8 @@ import sys
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
+# Where each public name lives.
+_HOMES = {
     "Patches": "keras_vit.layers",
     "RandomResizedCrop": "keras_vit.layers",
     "VisionTransformer": "keras_vit.model",
@@ -14,13 +15,13 @@ _PUBLIC = {
     "attention_scores": "keras_vit.attention",
     "load_dataset": "keras_vit.data",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = list(_HOMES)
 
 
 def __getattr__(name):
-    if name not in _PUBLIC:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def _is_command_line():
@@ -32,4 +33,4 @@ def _is_command_line():
 
 # Everyone else finds the classes registered, so that `keras.saving.load_model` needs no more.
 if not _is_command_line():
-    import keras_vit.model
+    importlib.import_module("keras_vit.model")

@@ -28,7 +28,7 @@ def attention_scores(model, images):
             "Expected a model with `MultiHeadAttention` layers in its graph. "
             f"Received: model={model.name!r} with none"
         )
-    scores = [layer(*layer.input, return_attention_scores=True)[1] for layer in attentions]
+    scores = [_Scores(attention)(attention.input) for attention in attentions]
     explainer = keras.Model(model.input, ops.stack(scores, axis=1))
     batches = np.array_split(images, range(BATCH_SIZE, len(images), BATCH_SIZE))
     outputs = [ops.convert_to_numpy(explainer(batch, training=False)) for batch in batches]
@@ -74,8 +74,7 @@ def attention_rollout(scores, head_fusion="mean", discard_ratio=0.0):
         )
     if not 0 <= discard_ratio < 1:
         raise ValueError(
-            "Expected `discard_ratio` to lie in [0, 1). "
-            f"Received: discard_ratio={discard_ratio!r}"
+            f"Expected `discard_ratio` to lie in [0, 1). Received: discard_ratio={discard_ratio!r}"
         )
 
     identity = np.eye(scores.shape[-1], dtype=scores.dtype)
@@ -86,6 +85,18 @@ def attention_rollout(scores, head_fusion="mean", discard_ratio=0.0):
         attention /= attention.sum(axis=-1, keepdims=True)
         rollout = attention @ rollout
     return rollout
+
+
+class _Scores(keras.layers.Layer):
+    """Leads the scores out of an attention layer, which by itself returns tokens only."""
+
+    def __init__(self, attention):
+        super().__init__(dtype=attention.dtype_policy)
+        self.attention = attention
+
+    def call(self, inputs):
+        query, value = inputs
+        return self.attention(query, value, return_attention_scores=True)[1]
 
 
 def _discard(attention, ratio):

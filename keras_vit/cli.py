@@ -1,20 +1,26 @@
 """The command line: from options to a trained model, its numbers and its pictures."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import logging
+import math
 import os
 import pathlib
 import sys
+import tempfile
+import time
 import typing
 
 from keras_vit.recipes import RECIPES, option
 
 # Epochs of a run on a machine without an accelerator, unless the user says otherwise.
 CPU_EPOCHS = 10
-BACKENDS = {"tensorflow": "tensorflow", "jax": "jax", "torch": "torch"}
+BACKENDS = ("tensorflow", "jax", "torch")
+# Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
+KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +28,18 @@ class Run:
     """The settings of a run beside its recipe."""
 
     dataset: str = option("cifar10", "'digits', or the name of a set of TensorFlow Datasets")
-    data_dir: typing.Optional[str] = option(
+    data_dir: str | None = option(
         None, "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else its own)"
     )
-    limit_train: typing.Optional[int] = option(None, "train on so many images only", low=1)
+    limit_train: int | None = option(None, "train on so many images only", low=1)
     validation: int = option(0, "training images held out to measure each epoch", low=0)
     recipe: str = option("baseline", "settings to start from", choices=tuple(RECIPES))
     seed: int = option(0, "decides weights, augmentation and the order of images", low=0)
-    backend: typing.Optional[str] = option(
-        None, "what Keras computes with (default: Keras's own choice)", choices=tuple(BACKENDS)
+    backend: str | None = option(
+        None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
     )
     mixed_precision: bool = option(False, "compute in bfloat16 where precision allows")
-    output: typing.Optional[str] = option(
+    output: str | None = option(
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
     figures_dir: str = option("figures", "folder of the pictures")
@@ -65,6 +71,9 @@ def main(arguments=None):
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.status
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
 
 
 def parse(arguments=None):
@@ -92,17 +101,10 @@ def parse(arguments=None):
         named = {**_read_config(named.pop("config"), fields), **named}
     for name, value in named.items():
         _check(fields[name], value)
-    recipe_name = named.get("recipe", Run.recipe)
-    defaults = {**dataclasses.asdict(Run()), **dataclasses.asdict(RECIPES[recipe_name]())}
-    values = {**defaults, **named}
-    if values["embed_dim"] % values["num_heads"]:
-        raise Failure(
-            "--embed-dim must be a multiple of --num-heads, but "
-            f"{values['embed_dim']} is no multiple of {values['num_heads']}"
-        )
-    build = {kind: [f.name for f in dataclasses.fields(kind)] for kind in (Run, RECIPES[recipe_name])}
-    run, recipe = (kind(**{name: values[name] for name in names}) for kind, names in build.items())
-    return run, recipe, set(named)
+    recipe = RECIPES[named.get("recipe", Run.recipe)]
+    values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named}
+    _check_together(values)
+    return _pick(Run, values), _pick(recipe, values), set(named)
 
 
 def run(options, recipe, named):
@@ -113,13 +115,16 @@ def run(options, recipe, named):
         recipe: a `Recipe`.
         named: set of the settings that the user named.
     """
+    start = time.perf_counter()
     _choose_backend(options.backend)
-    run_dir = _run_dir(options)
+    if options.tensorboard:
+        _require("tensorboard", "--tensorboard")
+    _run_dir(options)
     # The rest of the package imports Keras, whose backend is settled only now.
-    import keras
+    with _quiet():
+        import keras
 
-    from keras_vit import data, training
-    from keras_vit.model import VisionTransformer, default_augmentation
+        from keras_vit import training
 
     options, dataset = _load(options, named)
     run_dir = _run_dir(options)
@@ -127,28 +132,24 @@ def run(options, recipe, named):
         recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, CPU_EPOCHS))
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
-    validation = None
     try:
+        validation = None
         if options.validation:
             dataset, validation = dataset.hold_out(options.validation, options.seed)
         if options.limit_train:
             dataset = dataset.limit_train(options.limit_train, options.seed)
         keras.utils.set_random_seed(options.seed)
         keras.config.set_dtype_policy("mixed_bfloat16" if options.mixed_precision else "float32")
-        flip = dataset.horizontal_flip
-        layers = default_augmentation(dataset.image_shape, flip) if recipe.augmentation else []
-        sizes = ("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "dropout")
-        model = VisionTransformer(
-            dataset.image_shape,
-            len(dataset.class_names),
-            augmentation=layers,
-            **{name: getattr(recipe, name) for name in sizes},
-        )
+        model = training.build_model(dataset, recipe)
     except ValueError as error:
         raise Failure(" ".join(str(error).split())) from error
-    model.adapt(dataset.train_images)
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    figures_dir = pathlib.Path(options.figures_dir)
+    for folder in (run_dir, figures_dir):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Failure(f"folder {folder} cannot be made: {error.strerror}") from error
     settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
     _write_json(run_dir / "config.json", settings)
     print(f"Training on {len(dataset.train_images):,} images of {options.dataset}, into {run_dir}")
@@ -159,37 +160,35 @@ def run(options, recipe, named):
     if interrupted:
         print(f"\nInterrupted: what was learned so far is in {run_dir / 'model.keras'}")
         return 130
-    report(model, dataset, recipe, history, run_dir, pathlib.Path(options.figures_dir), options)
+    metrics = report(model, dataset, recipe, history, figures_dir)
+    run_facts = {"dataset": options.dataset, "recipe": options.recipe, "seed": options.seed}
+    seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
+    # The numbers come last: a folder that holds them holds a finished run.
+    _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
+    print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
     return 0
 
 
-def report(model, dataset, recipe, history, run_dir, figures_dir, options):
-    """Measures a trained model on the test set, then writes its numbers and its pictures."""
+def report(model, dataset, recipe, history, figures_dir):
+    """Measures a trained model on the test set and draws its pictures; returns the numbers."""
     from keras_vit import evaluation, figures, training
 
     probabilities = evaluation.predict(model, dataset.test_images)
+    labels, names = dataset.test_labels, dataset.class_names
     metrics = {
-        **evaluation.classification_metrics(
-            probabilities, dataset.test_labels, dataset.class_names
-        ),
-        "dataset": options.dataset,
-        "recipe": options.recipe,
-        "seed": options.seed,
-        "parameters": model.count_params(),
+        **evaluation.classification_metrics(probabilities, labels, names),
+        "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
         **evaluation.training_metrics(history, len(dataset.train_images)),
         **evaluation.environment(),
     }
-    print(evaluation.per_class_table(metrics))
-    figures_dir.mkdir(parents=True, exist_ok=True)
     _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     figures.draw_all(model, dataset, probabilities, history, falls, figures_dir)
-    # The numbers come last: a folder that holds them holds a finished run.
-    _write_json(run_dir / "metrics.json", metrics)
+    print(evaluation.per_class_table(metrics))
     print(
         f"Test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
-        f"on {len(dataset.test_labels):,} images of {options.dataset}"
+        f"on {len(labels):,} images of {dataset.name}"
     )
-    print(f"Model and numbers: {run_dir}. Pictures: {figures_dir}.")
+    return metrics
 
 
 def _load(options, named):
@@ -215,10 +214,31 @@ def _choose_backend(backend):
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
-    if importlib.util.find_spec(backend) is None:
-        raise Failure(f"backend {backend!r} is not installed: try `pip install {backend}`")
+    _require(backend, f"backend {backend!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def _require(package, wish):
+    if importlib.util.find_spec(package) is None:
+        raise Failure(f"{wish} needs a package that is missing: try `pip install {package}`")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Holds back what TensorFlow's libraries write to stderr while they load, unless that fails."""
+    with tempfile.TemporaryFile() as held:
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _run_dir(options):
@@ -267,6 +287,8 @@ def _check(field, value):
     limits = field.metadata
     flag = "--" + field.name.replace("_", "-")
     for number in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise Failure(f"{flag} must be a finite number, but is {number}")
         if limits["low"] is not None and not number >= limits["low"]:
             raise Failure(f"{flag} must be at least {limits['low']}, but is {number}")
         if limits["above"] is not None and not number > limits["above"]:
@@ -275,6 +297,22 @@ def _check(field, value):
             raise Failure(f"{flag} must be below {limits['below']}, but is {number}")
         if limits["choices"] and number not in limits["choices"]:
             raise Failure(f"{flag} must be one of {', '.join(limits['choices'])}, not {number}")
+
+
+def _check_together(values):
+    """Refuses values that are wrong only beside each other."""
+    heads, width = values["num_heads"], values["embed_dim"]
+    if width % heads:
+        raise Failure(f"--embed-dim must be a multiple of --num-heads {heads}, but is {width}")
+    side = KNOWN_SIDES.get(values["dataset"])
+    if side is not None and side % values["patch_size"]:
+        patch = values["patch_size"]
+        raise Failure(f"--patch-size must divide the image side of {side} pixels, but is {patch}")
+
+
+def _pick(kind, values):
+    """A dataclass out of the values that carry its fields' names."""
+    return kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
 
 
 def _read_config(path, fields):

@@ -84,19 +84,24 @@ class Dataset:
 class Batches(keras.utils.PyDataset):
     """Training batches for `model.fit`, in an order that depends on seed and epoch alone.
 
+    `fit` prepares iterators that it never uses, so that the order must not follow from how many
+    there were: a callback calls `start_epoch`.
+
     Args:
         images: array `(N, H, W, C)`.
         labels: array `(N,)`.
         batch_size: int, images in a batch; the last one holds what is left.
         seed: int, at least 0.
-        epoch: int, the epoch that comes first, counted from zero.
     """
 
-    def __init__(self, images, labels, batch_size, seed, epoch=0):
+    def __init__(self, images, labels, batch_size, seed):
         super().__init__()
-        self.images, self.labels, self.batch_size = images, labels, batch_size
-        self.seed, self.epoch = seed, epoch
-        self._shuffle()
+        self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
+        self.start_epoch(1)
+
+    def start_epoch(self, epoch):
+        """Shuffles the images anew for an epoch, counted from one."""
+        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
 
     @property
     def num_batches(self):
@@ -105,13 +110,6 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
         return self.images[chosen], self.labels[chosen]
-
-    def on_epoch_end(self):
-        self.epoch += 1
-        self._shuffle()
-
-    def _shuffle(self):
-        self._order = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.labels))
 
 
 def load_dataset(source="cifar10", data_dir=None):

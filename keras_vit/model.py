@@ -56,6 +56,18 @@ class VisionTransformer(keras.Model):
         augmentation=None,
         **kwargs,
     ):
+        sizes = {
+            "num_classes": num_classes,
+            "embed_dim": embed_dim,
+            "mlp_dim": mlp_dim,
+            "num_heads": num_heads,
+            "depth": depth,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"Expected `{name}` to be an integer of at least 1. Received: {name}={size!r}"
+                )
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
@@ -85,17 +97,13 @@ class VisionTransformer(keras.Model):
         logits = head(x[:, 0])
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
+        self.augmentation = list(augmentation)
         self.normalization = normalization
-        self.config = {
+        self._config = {
             "image_shape": tuple(image_shape),
-            "num_classes": num_classes,
             "patch_size": patch_size,
-            "embed_dim": embed_dim,
-            "mlp_dim": mlp_dim,
-            "num_heads": num_heads,
-            "depth": depth,
             "dropout": dropout,
-            "augmentation": augmentation,
+            **sizes,
         }
 
     def adapt(self, images):
@@ -107,8 +115,8 @@ class VisionTransformer(keras.Model):
         self.normalization.adapt(images)
 
     def get_config(self):
-        augmentation = [keras.saving.serialize_keras_object(x) for x in self.config["augmentation"]]
-        return {**self.config, "augmentation": augmentation, "name": self.name}
+        layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
+        return {**self._config, "augmentation": layers, "name": self.name}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):

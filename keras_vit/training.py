@@ -1,11 +1,13 @@
-"""Compiling a model and fitting it by a recipe."""
+"""From a recipe to a trained model: building, compiling, fitting."""
 
+import csv
 import signal
 import time
 
 import keras
 
 from keras_vit.data import Batches
+from keras_vit.model import VisionTransformer, default_augmentation
 
 
 def step_schedule(learning_rate, epochs, milestones):
@@ -33,6 +35,29 @@ def has_gpu():
     return bool(keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu"))
 
 
+def build_model(dataset, recipe):
+    """An untrained `VisionTransformer` for a `Dataset`, adapted to its training images.
+
+    Raises:
+        ValueError: if the recipe's sizes do not fit the images or each other.
+    """
+    flip = dataset.horizontal_flip
+    layers = default_augmentation(dataset.image_shape, flip) if recipe.augmentation else []
+    model = VisionTransformer(
+        dataset.image_shape,
+        len(dataset.class_names),
+        patch_size=recipe.patch_size,
+        embed_dim=recipe.embed_dim,
+        mlp_dim=recipe.mlp_dim,
+        num_heads=recipe.num_heads,
+        depth=recipe.depth,
+        dropout=recipe.dropout,
+        augmentation=layers,
+    )
+    model.adapt(dataset.train_images)
+    return model
+
+
 def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboard=False):
     """Compiles and trains a model by a recipe.
 
@@ -52,18 +77,23 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
         ended the run early.
     """
     compile_model(model, recipe)
+    batches = Batches(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     stopper = StopOnInterrupt()
-    callbacks = [keras.callbacks.LearningRateScheduler(schedule), EpochTimer(), stopper]
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda i, _: batches.start_epoch(i + 1)),
+        keras.callbacks.LearningRateScheduler(schedule),
+        EpochTimer(),
+        stopper,
+    ]
     if run_dir is not None:
-        callbacks.append(keras.callbacks.CSVLogger(run_dir / "history.csv"))
+        callbacks.append(HistoryFile(run_dir / "history.csv"))
         if validation is not None:
             best = {"monitor": "val_accuracy", "mode": "max", "save_best_only": True}
             callbacks.append(keras.callbacks.ModelCheckpoint(run_dir / "best.keras", **best))
         if tensorboard:
             callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
 
-    batches = Batches(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     history = model.fit(
         batches,
         epochs=recipe.epochs,
@@ -98,6 +128,22 @@ class EpochTimer(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs["seconds"] = round(self._end - self._start, 3)
+
+
+class HistoryFile(keras.callbacks.Callback):
+    """Writes what each epoch measured as a line of a CSV file, epochs counted from one."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_end(self, epoch, logs=None):
+        row = {"epoch": epoch + 1, **logs}
+        with open(self.path, "w" if epoch == 0 else "a", newline="", encoding="utf-8") as lines:
+            writer = csv.DictWriter(lines, row)
+            if epoch == 0:
+                writer.writeheader()
+            writer.writerow(row)
 
 
 class StopOnInterrupt(keras.callbacks.Callback):

@@ -143,8 +143,16 @@ class RandomResizedCrop(keras.layers.RandomCrop):
 
     def transform_bounding_boxes(self, bounding_boxes, transformation, training=True):
         raise NotImplementedError(
-            f"{self.__class__.__name__} does not transform bounding boxes: use it for classification."
+            f"{self.__class__.__name__} is for classification: it transforms no bounding boxes."
         )
+
+    def compute_output_shape(self, input_shape):
+        if len(input_shape) not in (3, 4):
+            raise ValueError(
+                "Expected image tensor to have rank 3 (single image) or 4 (batch of images). "
+                f"Received: data.shape={tuple(input_shape)}"
+            )
+        return super().compute_output_shape(input_shape)
 
     def get_config(self):
         return {
@@ -160,10 +168,14 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         shape = self.backend.shape(images)
         image_height, image_width = shape[self.height_axis], shape[self.width_axis]
         if boxes is None:
-            if (image_height, image_width) == (self.height, self.width):
+            # Inside `tf.data` the size may be unknown until an image arrives.
+            known_size = images.shape[self.height_axis], images.shape[self.width_axis]
+            if known_size == (self.height, self.width):
                 return self.backend.cast(images, self.compute_dtype)
             zero = np.zeros((1,), "float32")
-            boxes = (zero, zero, zero + image_height, zero + image_width)
+            whole_height = zero + self.backend.cast(image_height, "float32")
+            whole_width = zero + self.backend.cast(image_width, "float32")
+            boxes = (zero, zero, whole_height, whole_width)
         top, left, height, width = boxes
         rows = self._matrix(top, height, image_height, self.height, interpolation)
         columns = self._matrix(left, width, image_width, self.width, interpolation)

@@ -1,0 +1,301 @@
+"""Scores against the layers' own weights in NumPy; rollout against loops and closed forms."""
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_vit import VisionTransformer, attention_rollout, attention_scores
+
+HEADS, DEPTH = 2, 3
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3)).astype("uint8")
+
+
+@pytest.fixture(scope="module")
+def model(images):
+    """A model on a rectangular 2x3 grid whose attention is far from uniform."""
+    model = VisionTransformer(
+        (8, 12, 3), num_classes=4, patch_size=4, embed_dim=16, mlp_dim=16, num_heads=HEADS,
+        depth=DEPTH,
+    )  # fmt: skip
+    model.adapt(images)
+    rng = np.random.default_rng(1)
+    for weight in model.trainable_weights:
+        weight.assign(rng.normal(0, 0.4, weight.shape).astype("float32"))
+    return model
+
+
+def softmax(x):
+    powers = np.exp(x - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+def random_scores(seed, *shape, dtype="float64"):
+    """Rows that sum to one, no two entries alike."""
+    return softmax(2 * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
+
+
+def rollout_by_loops(scores, head_fusion, discard_ratio):
+    """Abnar & Zuidema's rollout with nothing but Python loops."""
+    fuse = {"mean": lambda heads: sum(heads) / len(heads), "max": max, "min": min}[head_fusion]
+    tokens = range(scores.shape[-1])
+    results = []
+    for image in scores.tolist():
+        rollout = [[float(i == j) for j in tokens] for i in tokens]
+        for block in image:
+            fused = [[fuse([head[i][j] for head in block]) for j in tokens] for i in tokens]
+            ascending = sorted((fused[i][j], i, j) for i in tokens for j in tokens)
+            for _, i, j in ascending[: int(len(tokens) ** 2 * discard_ratio)]:
+                if j != 0:
+                    fused[i][j] = 0.0
+            for i in tokens:
+                row = [(fused[i][j] + float(i == j)) / 2 for j in tokens]
+                fused[i] = [entry / sum(row) for entry in row]
+            rollout = [
+                [sum(fused[i][k] * rollout[k][j] for k in tokens) for j in tokens] for i in tokens
+            ]
+        results.append(rollout)
+    return np.array(results)
+
+
+# Scores
+
+
+def test_scores_have_one_row_per_image_block_head_and_token(model, images):
+    scores = attention_scores(model, images)
+    assert scores.shape == (5, DEPTH, HEADS, 7, 7)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores.sum(axis=-1), 1, atol=1e-5)
+    assert scores.min() >= 0
+
+
+@pytest.mark.parametrize("block", range(1, DEPTH + 1))
+def test_scores_of_each_block_are_those_of_its_weights_computed_in_numpy(model, images, block):
+    tokens = keras.Model(model.input, model.get_layer(f"block_{block}_attention_norm").output)
+    tokens = np.asarray(tokens.predict(images, verbose=0))
+    query, query_bias, key, key_bias, *_ = model.get_layer(f"block_{block}_attention").get_weights()
+    queries = np.einsum("btd,dah->bath", tokens, query) + query_bias[None, :, None]
+    keys = np.einsum("btd,dah->bath", tokens, key) + key_bias[None, :, None]
+    expected = softmax(np.einsum("bath,bash->bats", queries, keys) / np.sqrt(query.shape[-1]))
+    assert expected.std() > 0.02
+    np.testing.assert_allclose(attention_scores(model, images)[:, block - 1], expected, atol=1e-5)
+
+
+def test_scores_agree_with_an_independent_pytorch_model(model, images):
+    torch = pytest.importorskip("torch")
+    from torch_reference import reference_of
+
+    reference = reference_of(
+        model, images, image_shape=(8, 12, 3), num_classes=4, patch_size=4, embed_dim=16,
+        mlp_dim=16, num_heads=HEADS, depth=DEPTH,
+    )  # fmt: skip
+    with torch.no_grad():
+        expected = reference(torch.tensor(images))[1].numpy()
+    np.testing.assert_allclose(attention_scores(model, images), expected, atol=1e-4)
+
+
+def test_scores_of_a_reloaded_model_are_those_of_the_saved_one(model, images, tmp_path):
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(
+        attention_scores(again, images), attention_scores(model, images), atol=1e-6
+    )
+
+
+def test_blocks_beyond_the_ninth_keep_their_order(images):
+    sizes = {"patch_size": 4, "embed_dim": 4, "mlp_dim": 4, "num_heads": 1, "depth": 11}
+    model = VisionTransformer((8, 12, 3), augmentation=[], **sizes)
+    # All blocks see the same tokens, as none adds to them, and each looks at them more sharply.
+    for block in range(1, 12):
+        attention = model.get_layer(f"block_{block}_attention")
+        weights = [np.zeros_like(weight) for weight in attention.get_weights()]
+        query_bias, key = weights[1], weights[2]
+        query_bias += 1
+        key += np.random.default_rng(0).normal(0, 0.2 * block, (4, 1, 1))
+        attention.set_weights(weights)
+        output = model.get_layer(f"block_{block}_mlp_output")
+        output.set_weights([np.zeros_like(weight) for weight in output.get_weights()])
+    sharpest = attention_scores(model, images).max(axis=(0, 2, 3, 4))
+    assert (np.diff(sharpest) > 0).all()
+
+
+def test_asking_for_scores_twice_gives_the_same_and_leaves_the_model_as_it_was(
+    model, images, tmp_path
+):
+    names = [layer.name for layer in model.layers]
+    logits = model.predict(images, verbose=0)
+    first, second = attention_scores(model, images), attention_scores(model, images)
+    np.testing.assert_array_equal(first, second)
+    assert [layer.name for layer in model.layers] == names
+    np.testing.assert_array_equal(model.predict(images, verbose=0), logits)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(images, verbose=0), logits, atol=1e-6)
+    assert len(again.weights) == len(model.weights)
+
+
+def test_scores_do_not_depend_on_how_many_images_come_at_once(model, images):
+    many = np.concatenate([images] * 27)[:131]
+    scores = attention_scores(model, many)
+    assert len(scores) == 131
+    np.testing.assert_allclose(scores[130], attention_scores(model, many[130:])[0], atol=1e-6)
+
+
+def test_scores_under_mixed_precision_are_float32_and_near_those_of_full_precision(model, images):
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        mixed = VisionTransformer.from_config(model.get_config())
+    finally:
+        keras.config.set_dtype_policy(before)
+    mixed.set_weights(model.get_weights())
+    mixed.normalization.finalize_state()
+    scores = attention_scores(mixed, images)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores[:, 0], attention_scores(model, images)[:, 0], atol=0.1)
+
+
+def test_a_model_without_attention_is_refused_by_name(images):
+    model = keras.Sequential([keras.Input((8, 12, 3)), keras.layers.Flatten()], name="plain")
+    with pytest.raises(ValueError, match="MultiHeadAttention.*Received: model='plain'"):
+        attention_scores(model, images)
+
+
+# Rollout
+
+
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("discard_ratio", [0.0, 0.01, 0.3, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("tokens", [2, 5, 7])
+def test_rollout_agrees_with_plain_loops(head_fusion, discard_ratio, tokens):
+    scores = random_scores(2, 2, 3, 4, tokens, tokens)
+    np.testing.assert_allclose(
+        attention_rollout(scores, head_fusion, discard_ratio),
+        rollout_by_loops(scores, head_fusion, discard_ratio),
+        atol=1e-12,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 3)] * 3, st.integers(1, 6)),
+    seed=st.integers(0, 1000),
+    head_fusion=st.sampled_from(["mean", "max", "min"]),
+    discard_ratio=st.floats(0, 0.99),
+)
+def test_rollout_agrees_with_plain_loops_for_any_shape(shape, seed, head_fusion, discard_ratio):
+    scores = random_scores(seed, *shape, shape[-1])
+    np.testing.assert_allclose(
+        attention_rollout(scores, head_fusion, discard_ratio),
+        rollout_by_loops(scores, head_fusion, discard_ratio),
+        atol=1e-12,
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 6])
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+def test_rollout_of_uniform_attention_has_a_closed_form(depth, head_fusion):
+    # With P = 1/T everywhere, P P = P, so that ((P + I) / 2)^L = 2^-L I + (1 - 2^-L) P.
+    tokens = 7
+    scores = np.full((2, depth, 3, tokens, tokens), 1 / tokens)
+    share = 0.5**depth
+    expected = share * np.eye(tokens) + (1 - share) / tokens
+    rollout = attention_rollout(scores, head_fusion)
+    np.testing.assert_allclose(rollout, np.stack([expected] * 2), atol=1e-12)
+
+
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+def test_rollout_of_identity_attention_is_the_identity(head_fusion):
+    scores = np.broadcast_to(np.eye(5), (2, 4, 3, 5, 5))
+    np.testing.assert_array_equal(attention_rollout(scores, head_fusion), np.stack([np.eye(5)] * 2))
+
+
+def test_blocks_are_multiplied_from_the_first_to_the_last():
+    # Block 1 sends token 1 to token 2; block 2 sends the class token to token 1.
+    first, last = np.eye(3), np.eye(3)
+    first[1] = [0, 0, 1]
+    last[0] = [0, 1, 0]
+    rollout = attention_rollout(np.stack([first, last])[None, :, None])
+    # The class token took half of token 1, which was half of token 2 by then.
+    np.testing.assert_allclose(rollout[0, 0], [0.5, 0.25, 0.25])
+
+
+def test_attention_to_the_class_token_is_never_discarded():
+    # The class token's column is the smallest of all; of 16 entries, 15 would go.
+    scores = np.full((1, 1, 1, 4, 4), 0.33)
+    scores[..., 0] = 0.01
+    scores[..., 2, 3] = 0.5
+    kept = np.zeros((4, 4))
+    kept[:, 0], kept[2, 3] = 0.01, 0.5
+    expected = (kept + np.eye(4)) / (kept + np.eye(4)).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(attention_rollout(scores, discard_ratio=0.95)[0], expected)
+
+
+@pytest.mark.parametrize("head_fusion", ["mean", "max", "min"])
+@pytest.mark.parametrize("discard_ratio", [0.0, 0.4, 0.95])
+def test_rows_of_a_rollout_sum_to_one(head_fusion, discard_ratio):
+    scores = random_scores(3, 3, 4, 2, 13, 13, dtype="float32")
+    rollout = attention_rollout(scores, head_fusion, discard_ratio)
+    assert rollout.shape == (3, 13, 13)
+    np.testing.assert_allclose(rollout.sum(axis=-1), 1, atol=1e-5)
+
+
+def test_images_of_a_batch_do_not_mix():
+    scores = random_scores(4, 3, 2, 2, 6, 6)
+    together = attention_rollout(scores, discard_ratio=0.5)
+    alone = np.concatenate([attention_rollout(x[None], discard_ratio=0.5) for x in scores])
+    np.testing.assert_allclose(together, alone, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rollout_keeps_the_precision_of_its_input(dtype):
+    assert attention_rollout(random_scores(5, 1, 2, 2, 4, 4, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("discard_ratio", [0.0, 0.5])
+def test_rollout_leaves_its_input_as_it_was(discard_ratio):
+    scores = random_scores(6, 2, 2, 1, 5, 5)
+    before = scores.copy()
+    attention_rollout(scores, discard_ratio=discard_ratio)
+    np.testing.assert_array_equal(scores, before)
+
+
+def test_scores_of_a_rectangular_grid_roll_out(model, images):
+    rollout = attention_rollout(attention_scores(model, images))
+    assert rollout[:, 0, 1:].reshape(5, 2, 3).shape == (5, 2, 3)
+    np.testing.assert_allclose(rollout.sum(axis=-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 5), (5, 5), (1, 2, 2, 4, 5), (0, 2, 2, 4, 4), ()])
+def test_scores_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError) as error:
+        attention_rollout(np.zeros(shape))
+    assert f"Received: scores.shape={shape}" in str(error.value)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
+def test_scores_that_are_no_attention_are_refused(bad):
+    scores = random_scores(7, 1, 2, 2, 4, 4)
+    scores[0, 1, 0, 2, 3] = bad
+    with pytest.raises(ValueError, match="finite and non-negative"):
+        attention_rollout(scores)
+
+
+@pytest.mark.parametrize("head_fusion", ["median", "sum", "Mean", None])
+def test_an_unknown_fusion_is_refused(head_fusion):
+    with pytest.raises(ValueError) as error:
+        attention_rollout(random_scores(8, 1, 1, 1, 3, 3), head_fusion=head_fusion)
+    assert "'mean', 'max' or 'min'" in str(error.value)
+    assert f"Received: head_fusion={head_fusion!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("discard_ratio", [-0.1, 1.0, 1.5, float("nan")])
+def test_a_discard_ratio_outside_zero_to_one_is_refused(discard_ratio):
+    with pytest.raises(ValueError) as error:
+        attention_rollout(random_scores(9, 1, 1, 1, 3, 3), discard_ratio=discard_ratio)
+    assert f"Received: discard_ratio={discard_ratio!r}" in str(error.value)

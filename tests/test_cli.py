@@ -1,0 +1,222 @@
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import keras
+import pytest
+
+from keras_vit import cli, data
+from keras_vit.recipes import RECIPES
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--patch-size=8"]
+
+
+@pytest.fixture(autouse=True)
+def leave_keras_as_it_was(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+    policy = keras.config.dtype_policy()
+    yield
+    keras.config.set_dtype_policy(policy)
+
+
+def train(*arguments, folder):
+    """Runs a tiny training in this process and returns its exit status."""
+    places = [f"--output={folder / 'run'}", f"--figures-dir={folder / 'figures'}"]
+    return cli.main([*TINY, "--limit-train=40", "--epochs=1", *places, *arguments])
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def test_help_answers_without_importing_keras():
+    timed = subprocess.run(
+        [sys.executable, "-X", "importtime", "train.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not re.search(r"\| +(keras|tensorflow|numpy)$", timed.stderr, re.MULTILINE)
+    for option in ("dataset", "data-dir", "epochs", "batch-size", "learning-rate", "seed"):
+        assert f"--{option} " in timed.stdout
+    for option in ("mixed-precision", "no-augmentation", "overwrite", "tensorboard"):
+        assert f"--{option}" in timed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--epochs", "0"], ["--epochs", "1", "0"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--epoch", "3"], ["--epoch"]),
+        (["--batch-size", "-1"], ["--batch-size", "-1"]),
+        (["--learning-rate", "0"], ["--learning-rate", "0"]),
+        (["--learning-rate", "nan"], ["--learning-rate", "nan"]),
+        (["--learning-rate", "inf"], ["--learning-rate", "inf"]),
+        (["--weight-decay", "-0.1"], ["--weight-decay", "-0.1"]),
+        (["--dropout", "1"], ["--dropout", "1"]),
+        (["--milestones", "0.5", "1.5"], ["--milestones", "1.5"]),
+        (["--num-heads", "7"], ["--embed-dim", "256", "7"]),
+        (["--patch-size", "5"], ["5", "32"]),
+        (["--seed", "-1"], ["--seed", "-1"]),
+        (["--backend", "theano"], ["--backend", "theano", "jax"]),
+        (["--recipe", "best"], ["--recipe", "best", "baseline"]),
+        (["--config", "missing.json"], ["--config", "missing.json"]),
+        (["extra"], ["extra"]),
+    ],
+)
+def test_a_wrong_value_ends_with_one_line_before_any_data_is_loaded(
+    arguments, named, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_dataset", pytest.fail)
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(name in error for name in named)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "object"),
+        ('{"epoch": 3}', "'epoch'"),
+        ('{"epochs": "3"}', "int"),
+        ('{"epochs": true}', "int"),
+        ('{"epochs": 0}', "at least 1"),
+        ('{"learning_rate": null}', "float"),
+        ('{"milestones": ["a"]}', "tuple"),
+        ('{"augmentation": 1}', "bool"),
+        ('{"recipe": "best"}', "baseline"),
+    ],
+)
+def test_a_wrong_configuration_ends_with_one_line(content, named, capsys, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    assert cli.main(["--config", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert named in error and error.count("\n") == 1
+
+
+def test_a_backend_that_is_not_installed_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    assert cli.main(["--backend", "jax"]) == 2
+    assert "pip install jax" in capsys.readouterr().err
+
+
+def test_tensorboard_that_is_not_installed_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name != "tensorboard" or None)
+    assert cli.main(["--tensorboard"]) == 2
+    assert "pip install tensorboard" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(capsys, tmp_path):
+    (tmp_path / "figures").write_text("a file")
+    assert train("--dataset=digits", folder=tmp_path) == 2
+    assert "figures" in capsys.readouterr().err
+
+
+def test_a_data_set_asked_for_by_name_must_be_there(capsys, monkeypatch, tmp_path):
+    def missing(name, _):
+        raise data.DatasetError(f"{name} is not there")
+
+    monkeypatch.setattr(data, "load_dataset", missing)
+    assert train("--dataset=cifar10", folder=tmp_path) == 2
+    assert capsys.readouterr().err == "error: cifar10 is not there\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"epochs": 3, "seed": 5, "milestones": [0.5], "limit_train": null}')
+    run, recipe, named = cli.parse(["--config", str(path), "--epochs", "7"])
+    assert (recipe.epochs, run.seed, recipe.milestones, run.limit_train) == (7, 5, (0.5,), None)
+    assert recipe.batch_size == RECIPES["baseline"]().batch_size
+    assert named == {"epochs", "seed", "milestones", "limit_train"}
+
+
+def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
+    load = data.load_dataset
+
+    def offline(name, data_dir=None):
+        if name != "digits":
+            raise data.DatasetError(f"{name} is not in {data_dir}: use --data-dir")
+        return load(name)
+
+    monkeypatch.setattr(data, "load_dataset", offline)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*TINY, "--limit-train=40", "--epochs=1"]) == 0
+    captured = capsys.readouterr()
+    assert "cifar10 is not in None: use --data-dir" in captured.err and "digits" in captured.err
+    folder = tmp_path / "runs" / "digits-baseline-seed0"
+    assert json.loads((folder / "config.json").read_text())["dataset"] == "digits"
+    assert json.loads((folder / "metrics.json").read_text())["dataset"] == "digits"
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
+    assert "images of digits" in captured.out
+
+
+def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
+    first = tmp_path / "run"
+    arguments = ["--dataset=digits", "--validation=50", "--seed=3"]
+    assert train(*arguments, folder=tmp_path) == 0
+    names = {"model.keras", "best.keras", "history.csv", "config.json", "metrics.json"}
+    assert {path.name for path in first.iterdir()} == names
+    metrics = json.loads((first / "metrics.json").read_text())
+    assert metrics["epochs"] == 1 and metrics["seed"] == 3 and metrics["wall_seconds"] > 0
+    assert sum(row["images"] for row in metrics["per_class"].values()) == 359
+
+    model = keras.saving.load_model(first / "model.keras")
+    dataset = data.load_dataset("digits")
+    predicted = model.predict(dataset.test_images, verbose=0).argmax(axis=1)
+    assert (predicted == dataset.test_labels).mean() == pytest.approx(metrics["accuracy"])
+
+    assert train(*arguments, folder=tmp_path) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    config = f"--config={first / 'config.json'}"
+    assert cli.main([config, f"--output={tmp_path / 'again'}"]) == 0
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+    assert train(*arguments, "--overwrite", folder=tmp_path) == 0
+
+
+def test_settings_reach_the_model(monkeypatch, tmp_path):
+    arguments = ["--dataset=digits", "--no-augmentation", "--mixed-precision", "--dropout=0.3"]
+    assert train(*arguments, folder=tmp_path) == 0
+    model = keras.saving.load_model(tmp_path / "run" / "model.keras")
+    assert model.augmentation == []
+    assert model.get_layer("dropout").rate == 0.3
+    assert model.get_layer("block_2_attention").compute_dtype == "bfloat16"
+    assert model.get_layer("patches").patch_size == 8
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT between processes on Windows")
+def test_ctrl_c_saves_what_was_learned(tmp_path):
+    places = [f"--output={tmp_path / 'run'}", f"--figures-dir={tmp_path / 'figures'}"]
+    arguments = ["--dataset=digits", "--epochs=500", "--limit-train=40", *TINY, *places]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    for line in process.stdout:
+        if line.startswith("Epoch 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    output = process.stdout.read()
+    assert process.wait(timeout=60) == 130
+    saved = tmp_path / "run" / "model.keras"
+    assert f"Interrupted: what was learned so far is in {saved}" in output
+    assert "Traceback" not in output
+    assert saved.exists()
+    assert not (tmp_path / "run" / "metrics.json").exists()

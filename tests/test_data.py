@@ -1,0 +1,181 @@
+import dataclasses
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from keras_vit import load_dataset
+from keras_vit.data import MIXED_SIZE_SIDE, Batches, Dataset, DatasetError
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def numbered(count=100, classes=4):
+    """A data set whose images carry their index, so that an order can be read off."""
+    indices = np.arange(count)
+    images = np.broadcast_to(indices[:, None, None, None], (count, 4, 4, 3)).astype("uint8")
+    names = [f"class {number}" for number in range(classes)]
+    return Dataset("numbered", images, indices % classes, images[:8], indices[:8] % 4, names, True)
+
+
+def read_order(batches):
+    return np.concatenate([batches[i][0][:, 0, 0, 0] for i in range(batches.num_batches)])
+
+
+def test_digits_come_as_rgb_images_of_32_pixels(digits):
+    assert digits.train_images.shape == (1438, 32, 32, 3)
+    assert digits.test_images.shape == (359, 32, 32, 3)
+    assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
+    assert digits.image_shape == (32, 32, 3)
+    assert digits.class_names == list("0123456789")
+    assert not digits.horizontal_flip
+
+
+def test_digits_are_the_scans_of_scikit_learn(digits):
+    scans = load_digits()
+    images = np.concatenate([digits.train_images, digits.test_images])
+    labels = np.concatenate([digits.train_labels, digits.test_labels])
+    shrunk = images[..., 0].reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(-1, 64)
+    originals = scans.images.reshape(-1, 64) * 255 / 16
+    distances = ((shrunk[:200, None] - originals[None]) ** 2).mean(axis=2)
+    assert np.array_equal(scans.target[distances.argmin(axis=1)], labels[:200])
+    assert distances.min(axis=1).max() < 30**2
+
+
+def test_digits_are_split_class_by_class(digits):
+    shares = np.bincount(digits.test_labels) / np.bincount(load_digits().target)
+    assert np.allclose(shares, 0.2, atol=0.01)
+
+
+def test_an_unknown_data_set_is_named_in_the_error():
+    with pytest.raises(DatasetError, match="'no_such_set'.*'digits'"):
+        load_dataset("no_such_set")
+
+
+@pytest.fixture(scope="module")
+def tiny_tfds(tmp_path_factory):
+    """A set prepared for TensorFlow Datasets: images of mixed sizes and no test split."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class KerasVitTiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=["dark", "light"]),
+                }
+            )
+            keys = ("image", "label")
+            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for index in range(20):
+                image = np.full((20 + index, 30, 3), 60 if index % 2 == 0 else 200, "uint8")
+                yield index, {"image": image, "label": index % 2}
+
+    folder = tmp_path_factory.mktemp("tfds")
+    KerasVitTiny(data_dir=folder).download_and_prepare()
+    return folder
+
+
+def test_sets_of_mixed_sizes_are_resized_and_split(tiny_tfds):
+    dataset = load_dataset("keras_vit_tiny", tiny_tfds)
+    assert dataset.train_images.shape == (16, MIXED_SIZE_SIDE, MIXED_SIZE_SIDE, 3)
+    assert dataset.test_images.shape == (4, MIXED_SIZE_SIDE, MIXED_SIZE_SIDE, 3)
+    assert dataset.class_names == ["dark", "light"]
+    assert np.array_equal(dataset.train_images[:, 0, 0, 0], np.where(dataset.train_labels, 200, 60))
+    assert np.bincount(dataset.test_labels).tolist() == [2, 2]
+
+
+def test_a_set_that_cannot_be_downloaded_says_how_to_supply_it(monkeypatch, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(DatasetError, match=r"cifar10 is not in .*no route to host.*--data-dir"):
+        load_dataset("cifar10", tmp_path)
+
+
+def test_a_set_without_labelled_images_is_refused_before_any_download(monkeypatch, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    with pytest.raises(DatasetError, match="not an image classification set"):
+        load_dataset("ag_news_subset", tmp_path)
+
+
+def test_cifar10_has_the_published_statistics():
+    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    if not (folder / "cifar10").exists():
+        pytest.skip("CIFAR-10 is not on disk")
+    dataset = load_dataset("cifar10")
+    assert dataset.train_images.shape == (50000, 32, 32, 3)
+    assert dataset.test_images.shape == (10000, 32, 32, 3)
+    assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
+    mean = dataset.train_images.mean(axis=(0, 1, 2)) / 255
+    assert np.allclose(mean, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    assert dataset.class_names[3] == "cat"
+    assert dataset.horizontal_flip
+
+
+def test_an_epoch_shows_every_image_once():
+    dataset = numbered()
+    batches = Batches(dataset.train_images, dataset.train_labels, batch_size=32, seed=0)
+    assert [len(batches[i][1]) for i in range(batches.num_batches)] == [32, 32, 32, 4]
+    assert sorted(read_order(batches)) == list(range(100))
+    images, labels = batches[0]
+    assert np.array_equal(images[:, 0, 0, 0] % 4, labels)
+
+
+def test_the_order_of_images_depends_on_seed_and_epoch_alone():
+    dataset = numbered()
+    arrays = dataset.train_images, dataset.train_labels
+
+    def order(seed, epochs, batch_size=32):
+        batches = Batches(*arrays, batch_size, seed)
+        for epoch in epochs:
+            np.random.seed()
+            batches.start_epoch(epoch)
+        return read_order(batches)
+
+    third = order(1, [1, 2, 3])
+    assert np.array_equal(third, order(1, [3], batch_size=10))
+    assert not np.array_equal(third, order(1, [1, 2]))
+    assert not np.array_equal(third, order(2, [3]))
+
+
+def test_held_out_images_leave_the_training_set():
+    dataset = numbered()
+    kept, (images, labels) = dataset.hold_out(20, seed=0)
+    held, left = set(images[:, 0, 0, 0]), set(kept.train_images[:, 0, 0, 0])
+    assert len(held) == 20 and len(left) == 80 and not held & left
+    assert np.bincount(labels).tolist() == [5] * 4
+    assert np.array_equal(kept.test_images, dataset.test_images)
+    _, (again, _) = dataset.hold_out(20, seed=0)
+    _, (other, _) = dataset.hold_out(20, seed=1)
+    assert np.array_equal(images, again) and not np.array_equal(images, other)
+
+
+def test_a_limited_training_set_keeps_the_shares_of_the_classes():
+    limited = numbered().limit_train(40, seed=0)
+    assert np.bincount(limited.train_labels).tolist() == [10] * 4
+    dataset = numbered()
+    assert dataclasses.asdict(dataset.limit_train(100, 0)).keys() == vars(dataset).keys()
+    assert len(dataset.limit_train(100, 0).train_labels) == 100
+
+
+@pytest.mark.parametrize("count", [0, 3, 97, 101])
+def test_a_set_cannot_be_limited_to_a_size_without_every_class(count):
+    with pytest.raises(ValueError, match=rf"4 classes.*100 training images.*{count}"):
+        numbered().limit_train(count, seed=0)

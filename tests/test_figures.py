@@ -1,0 +1,96 @@
+import dataclasses
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+
+from keras_vit import VisionTransformer, figures
+from keras_vit.data import Dataset
+
+NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
+HISTORY = {
+    "loss": [2.0, 1.5, 1.2],
+    "accuracy": [0.2, 0.4, 0.5],
+    "learning_rate": [3e-4, 3e-4, 3e-5],
+    "seconds": [1.0, 1.0, 1.0],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (24, 8, 12, 3), dtype="uint8")
+    labels = np.arange(24) % 3
+    return Dataset("noise", images, labels, images, labels, ["cat", "dog", "émeu"], True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 3}
+    return VisionTransformer((8, 12, 3), 3, **sizes)
+
+
+@pytest.fixture(scope="module")
+def probabilities():
+    random = np.random.default_rng(1)
+    return random.dirichlet(np.ones(3), 24)
+
+
+def is_drawn(path):
+    """Whether a picture has a fair size and more than one colour."""
+    picture = matplotlib.image.imread(path)
+    height, width = picture.shape[:2]
+    return 200 < height < 4000 and 200 < width < 4000 and picture.std() > 0.02
+
+
+def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities):
+    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    expected = {f"{name}.png" for name in [*NAMES, "attention_rollout"]}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(is_drawn(path) for path in tmp_path.iterdir())
+
+
+def test_drawing_leaves_the_model_as_it_was(tmp_path, model, dataset, probabilities):
+    before = model.predict(dataset.test_images, verbose=0)
+    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.allclose(loaded.predict(dataset.test_images, verbose=0), before, atol=1e-6)
+
+
+def test_the_graph_shows_one_block_open_and_folds_the_others(model):
+    drawing = figures._folded(model)
+    names = [layer.name for layer in drawing.layers]
+    assert "blocks_2_to_3" in names and "block_1" in names
+    assert "block_1_attention" in names and "block_2_attention" not in names
+    dot = keras.utils.model_to_dot(drawing, show_shapes=True).to_string()
+    assert "MultiHeadAttention" in dot and "(None, 7, 16)" in dot
+
+
+def test_without_graphviz_the_graph_is_a_warning(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr(figures.shutil, "which", lambda _: None)
+    monkeypatch.setitem(__import__("sys").modules, "pygraphviz", None)
+    figures.draw_model(model, tmp_path / "model.png")
+    assert "WARNING" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_grey_images_and_validation_curves_are_drawn(tmp_path, dataset, probabilities):
+    grey = {name: getattr(dataset, name)[..., :1] for name in ("train_images", "test_images")}
+    dataset = dataclasses.replace(dataset, **grey)
+    figures.draw_augmentation([], dataset.train_images, tmp_path / "augmentation.png")
+    figures.draw_patches(dataset.test_images[0], 2, tmp_path / "patches.png")
+    history = {**HISTORY, "val_loss": [2.1, 1.6, 1.4], "val_accuracy": [0.2, 0.3, 0.4]}
+    figures.draw_history(history, [], tmp_path / "history.png")
+    assert all(is_drawn(path) for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_model_that_is_always_right_or_always_wrong_is_drawn(tmp_path, dataset, right):
+    labels = dataset.test_labels
+    certain = np.eye(3)[labels if right else (labels + 1) % 3]
+    path = tmp_path / "predictions.png"
+    figures.draw_predictions(dataset.test_images, labels, certain, dataset.class_names, path)
+    assert is_drawn(path)

@@ -1,0 +1,341 @@
+"""The model against its description: an independent PyTorch one, parameter counts, saved files."""
+
+import math
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_vit
+
+SIZES = {
+    "image_shape": (8, 8, 3),
+    "num_classes": 5,
+    "patch_size": 4,
+    "embed_dim": 16,
+    "mlp_dim": 24,
+    "num_heads": 2,
+    "depth": 2,
+}
+
+
+def random_images(seed, *shape):
+    """uint8 images whose channels differ in mean and contrast."""
+    rng = np.random.default_rng(seed)
+    contrast = np.linspace(0.3, 1.0, shape[-1])
+    return (rng.integers(0, 256, shape) * contrast).astype("uint8")
+
+
+def randomize(model, seed=0):
+    """Gives all weights values of their own; the head starts at zero and would hide mistakes."""
+    rng = np.random.default_rng(seed)
+    for weight in model.trainable_weights:
+        if weight.path.endswith(("kernel", "token", "position")):
+            deviation = 0.5 if weight.shape[0] < 100 else 0.1
+            value = rng.normal(0, deviation, weight.shape)
+        elif weight.path.endswith("gamma"):
+            value = rng.normal(1, 0.3, weight.shape)
+        else:
+            value = rng.normal(0, 0.3, weight.shape)
+        weight.assign(value.astype("float32"))
+
+
+def make_model(seed=0, **changes):
+    sizes = {**SIZES, **changes}
+    model = keras_vit.VisionTransformer(**sizes)
+    model.adapt(random_images(100, 32, *sizes["image_shape"]))
+    randomize(model, seed)
+    return model
+
+
+def predict(model, images):
+    return np.asarray(model.predict(images, verbose=0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small model with random weights; tests read it and leave it as it is."""
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def default_model():
+    return keras_vit.VisionTransformer()
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save(tmp_path / "model.keras")
+    return tmp_path / "model.keras"
+
+
+def layers_of(model, kind):
+    return [layer for layer in model.layers if isinstance(layer, kind)]
+
+
+# The description
+
+
+def test_the_default_model_has_exactly_3195146_trainable_parameters(default_model):
+    count = sum(math.prod(weight.shape) for weight in default_model.trainable_weights)
+    assert count == 3_195_146
+
+
+def test_the_default_model_maps_32x32_rgb_images_to_ten_logits(default_model):
+    assert default_model.input_shape == (None, 32, 32, 3)
+    assert default_model.output_shape == (None, 10)
+    (output,) = {layer.activation for layer in default_model.layers if layer.name == "head"}
+    assert output is keras.activations.linear
+
+
+def test_every_layer_normalization_of_the_default_model_has_epsilon_1e_6(default_model):
+    norms = layers_of(default_model, keras.layers.LayerNormalization)
+    assert [norm.epsilon for norm in norms] == [1e-6] * 13
+
+
+def test_every_dropout_of_the_default_model_is_20_percent_attention_included(default_model):
+    dropouts = layers_of(default_model, keras.layers.Dropout)
+    assert [layer.rate for layer in dropouts] == [0.2] * 13
+    attentions = layers_of(default_model, keras.layers.MultiHeadAttention)
+    assert [layer.get_config()["dropout"] for layer in attentions] == [0.2] * 6
+
+
+def test_attention_has_8_heads_of_32_in_each_of_6_blocks(default_model):
+    attentions = layers_of(default_model, keras.layers.MultiHeadAttention)
+    heads = [(x.get_config()["num_heads"], x.get_config()["key_dim"]) for x in attentions]
+    assert heads == [(8, 32)] * 6
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"image_shape": (8, 12, 1), "patch_size": 2, "num_heads": 4, "depth": 1},
+        {"image_shape": (6, 6, 4), "patch_size": 3, "num_heads": 1, "depth": 3},
+    ],
+)
+def test_logits_agree_with_an_independent_pytorch_model(changes):
+    pytest.importorskip("torch")
+    assert_agrees_with_pytorch(make_model(**changes), {**SIZES, **changes})
+
+
+def test_logits_of_the_default_sizes_agree_with_an_independent_pytorch_model(default_model):
+    pytest.importorskip("torch")
+    model = keras_vit.VisionTransformer.from_config(default_model.get_config())
+    model.adapt(random_images(100, 32, 32, 32, 3))
+    randomize(model)
+    sizes = {"image_shape": (32, 32, 3), "num_classes": 10, "patch_size": 4}
+    sizes |= {"embed_dim": 256, "mlp_dim": 512, "num_heads": 8, "depth": 6}
+    assert_agrees_with_pytorch(model, sizes)
+
+
+def assert_agrees_with_pytorch(model, sizes):
+    import torch
+    from torch_reference import reference_of
+
+    reference = reference_of(model, random_images(100, 32, *sizes["image_shape"]), **sizes)
+    images = random_images(1, 6, *sizes["image_shape"])
+    with torch.no_grad():
+        theirs = reference(torch.tensor(images))[0].numpy()
+    assert theirs.std(axis=0).min() > 0.05
+    np.testing.assert_allclose(predict(model, images), theirs, atol=1e-4)
+
+
+def test_the_initial_loss_is_that_of_a_uniform_guess():
+    model = keras_vit.VisionTransformer(**SIZES)
+    model.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    images, labels = random_images(2, 10, 8, 8, 3), np.arange(10) % 5
+    assert model.evaluate(images, labels, verbose=0) == pytest.approx(math.log(5), abs=1e-6)
+
+
+# Pixels: augmentation and normalization
+
+
+def test_flip_crop_and_normalization_come_first_and_in_this_order(default_model):
+    def before(layer):
+        return layer.input._keras_history.operation
+
+    (norm,) = layers_of(default_model, keras.layers.Normalization)
+    chain = [norm, before(norm), before(before(norm)), before(before(before(norm)))]
+    kinds = [keras.layers.Normalization, keras_vit.RandomResizedCrop]
+    kinds += [keras.layers.RandomFlip, keras.layers.InputLayer]
+    assert [type(layer) for layer in chain] == kinds
+    crop, flip = chain[1], chain[2]
+    assert (crop.height, crop.width) == (32, 32)
+    assert (crop.scale, crop.ratio) == ((0.8, 1.0), (0.9, 1.1))
+    assert flip.mode == "horizontal"
+
+
+def test_adapt_gives_each_channel_mean_zero_and_variance_one():
+    images = random_images(3, 50, 8, 8, 3)
+    model = keras_vit.VisionTransformer(**SIZES)
+    model.adapt(images)
+    (norm,) = layers_of(model, keras.layers.Normalization)
+    normalized = predict(keras.Model(model.input, norm.output), images).astype("float64")
+    np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2)), 0, atol=1e-4)
+    np.testing.assert_allclose(normalized.var(axis=(0, 1, 2)), 1, atol=1e-3)
+
+
+def test_uint8_and_float_images_give_equal_logits(model):
+    images = random_images(4, 6, 8, 8, 3)
+    expected = predict(model, images)
+    assert np.abs(expected).max() > 0.1
+    for dtype in ("float32", "float64", "int32"):
+        np.testing.assert_allclose(predict(model, images.astype(dtype)), expected, atol=1e-6)
+
+
+def test_predict_is_deterministic_and_training_is_not(model):
+    images = random_images(5, 6, 8, 8, 3)
+    np.testing.assert_array_equal(predict(model, images), predict(model, images))
+    one, two = (ops.convert_to_numpy(model(images, training=True)) for _ in range(2))
+    assert np.abs(one - two).max() > 1e-2
+    assert np.abs(one - predict(model, images)).max() > 1e-2
+
+
+def test_augmentation_acts_in_training_alone_and_not_through_dropout():
+    model = make_model(dropout=0.0)
+    images = random_images(6, 6, 8, 8, 3)
+    trained = ops.convert_to_numpy(model(images, training=True))
+    assert np.abs(trained - predict(model, images)).max() > 1e-2
+
+
+def test_an_empty_list_of_augmentation_leaves_the_images_alone_while_training():
+    model = make_model(dropout=0.0, augmentation=[])
+    assert not layers_of(model, (keras.layers.RandomFlip, keras_vit.RandomResizedCrop))
+    images = random_images(7, 6, 8, 8, 3)
+    trained = ops.convert_to_numpy(model(images, training=True))
+    np.testing.assert_allclose(trained, predict(model, images), atol=1e-5)
+
+
+def test_augmentation_of_ones_own_takes_the_place_of_the_default():
+    invert = keras.layers.Rescaling(-1.0, offset=255.0)
+    inverting, plain = make_model(augmentation=[invert]), make_model(augmentation=[])
+    images = random_images(8, 6, 8, 8, 3)
+    logits = predict(inverting, images)
+    np.testing.assert_allclose(logits, predict(plain, 255 - images), atol=1e-5)
+    assert np.abs(logits - predict(plain, images)).max() > 1e-2
+
+
+# Training and precision
+
+
+def test_a_few_steps_of_fit_tell_dark_images_from_bright_ones():
+    keras.utils.set_random_seed(9)
+    model = keras_vit.VisionTransformer(**SIZES)
+    images, labels = random_images(9, 16, 8, 8, 3), np.arange(16) % 2
+    images[labels == 0] //= 4
+    model.adapt(images)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-2), loss, metrics=["accuracy"])
+    model.fit(images, labels, batch_size=16, epochs=8, verbose=0)
+    loss, accuracy = model.evaluate(images, labels, verbose=0)
+    assert loss < 0.5 * math.log(5)
+    assert accuracy == 1
+
+
+def test_logits_are_float32_under_mixed_precision_and_close_to_full_precision(model):
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        mixed = make_model()
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert mixed.get_layer("block_1_mlp_hidden").compute_dtype == "bfloat16"
+    images = random_images(10, 6, 8, 8, 3)
+    logits, expected = predict(mixed, images), predict(model, images)
+    assert logits.dtype == np.float32
+    assert 0 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+
+
+# Files
+
+
+def test_a_loaded_model_predicts_what_the_saved_one_predicted(model, saved):
+    again = keras.saving.load_model(saved)
+    images = random_images(11, 6, 8, 8, 3)
+    assert type(again) is keras_vit.VisionTransformer
+    np.testing.assert_allclose(predict(again, images), predict(model, images), atol=1e-6)
+
+
+def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
+    crop = keras_vit.RandomResizedCrop(8, 8, scale=(0.1, 0.4), ratio=(0.5, 2.0), name="crop")
+    model = make_model(dropout=0.0, augmentation=[crop])
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    (loaded,) = layers_of(again, keras_vit.RandomResizedCrop)
+    assert (loaded.scale, loaded.ratio) == ((0.1, 0.4), (0.5, 2.0))
+    images = random_images(12, 6, 8, 8, 3)
+    trained = ops.convert_to_numpy(again(images, training=True))
+    assert np.abs(trained - predict(again, images)).max() > 1e-2
+
+    pixels = random_images(100, 32, 8, 8, 3).astype("float64")
+    mean, variance = (
+        ops.convert_to_numpy(x).ravel()
+        for x in (again.normalization.mean, again.normalization.variance)
+    )
+    np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(variance, pixels.var(axis=(0, 1, 2)), rtol=1e-4)
+
+
+def test_a_loaded_model_can_be_adapted_and_saved_again(saved, tmp_path):
+    once = keras.saving.load_model(saved)
+    images = random_images(13, 20, 8, 8, 3)
+    once.adapt(images // 2)
+    once.save(tmp_path / "twice.keras")
+    twice = keras.saving.load_model(tmp_path / "twice.keras")
+    np.testing.assert_allclose(predict(twice, images), predict(once, images), atol=1e-6)
+
+
+def test_a_model_comes_back_from_its_config_with_the_same_graph(model):
+    config = model.get_config()
+    again = keras_vit.VisionTransformer.from_config(config)
+    assert again.get_config() == config
+    assert [x.name for x in again.layers] == [x.name for x in model.layers]
+    assert [x.shape for x in again.weights] == [x.shape for x in model.weights]
+
+
+@pytest.mark.parametrize("imports", ["import keras_vit, keras", "import keras, keras_vit"])
+def test_another_process_loads_the_file_after_importing_the_package(
+    imports, model, saved, tmp_path
+):
+    images = random_images(14, 3, 8, 8, 3)
+    np.save(tmp_path / "images.npy", images)
+    script = f"""
+{imports}
+import numpy as np
+model = keras.saving.load_model({str(saved)!r})
+logits = model.predict(np.load({str(tmp_path / "images.npy")!r}), verbose=0)
+np.save({str(tmp_path / "logits.npy")!r}, logits)
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), predict(model, images), atol=1e-5)
+
+
+# Bad arguments
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"embed_dim": 18, "num_heads": 4}, "embed_dim=18, num_heads=4"),
+        ({"patch_size": 3}, "patch_size=3, height=8, width=8"),
+        ({"patch_size": 0}, "patch_size=0"),
+        ({"patch_size": 4.0}, "patch_size=4.0"),
+        ({"image_shape": (8, 10, 3)}, "height=8, width=10"),
+        ({"dropout": 1.5}, "1.5"),
+        ({"dropout": -0.1}, "-0.1"),
+    ],
+)
+def test_sizes_that_do_not_fit_together_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError) as error:
+        keras_vit.VisionTransformer(**{**SIZES, **changes})
+    assert message in str(error.value)
+
+
+def test_images_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError):
+        model(np.zeros((2, 12, 8, 3), "float32"))

@@ -1,0 +1,153 @@
+import csv
+import os
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from keras_vit import load_dataset, training
+from keras_vit.data import Batches, Dataset
+from keras_vit.recipes import Baseline
+from keras_vit.training import build_model, compile_model, fit, step_schedule
+
+SMALL = {"patch_size": 4, "embed_dim": 16, "mlp_dim": 32, "num_heads": 2, "depth": 1}
+
+
+def colours(count=96):
+    """Images of three classes that a glance at the colour tells apart."""
+    labels = np.arange(count) % 3
+    noise = np.random.default_rng(0).integers(0, 60, (count, 8, 8, 3))
+    images = (noise + 180 * np.eye(3)[labels][:, None, None]).astype("uint8")
+    return Dataset("colours", images, labels, images[:9], labels[:9], ["r", "g", "b"], True)
+
+
+def small_model(dataset):
+    keras.utils.set_random_seed(0)
+    return build_model(dataset, small_recipe())
+
+
+def small_recipe(**settings):
+    return Baseline(**{"epochs": 4, "batch_size": 16, "learning_rate": 3e-3, **SMALL, **settings})
+
+
+@pytest.mark.parametrize(
+    ("epochs", "falls", "rates"),
+    [
+        (160, [100, 150], {0: 1, 99: 1, 100: 0.1, 149: 0.1, 150: 0.01, 159: 0.01}),
+        (10, [6, 9], {5: 1, 6: 0.1, 8: 0.1, 9: 0.01}),
+        (16, [10, 15], {9: 1, 10: 0.1, 15: 0.01}),
+    ],
+)
+def test_the_rate_falls_to_a_tenth_at_each_milestone(epochs, falls, rates):
+    schedule, epochs_of_falls = step_schedule(3e-4, epochs, Baseline().milestones)
+    assert epochs_of_falls == falls
+    for epoch, share in rates.items():
+        assert schedule(epoch) == pytest.approx(3e-4 * share)
+
+
+def test_the_recipe_sets_up_the_optimizer():
+    dataset = colours()
+    model = small_model(dataset)
+    compile_model(model, Baseline())
+    assert isinstance(model.optimizer, keras.optimizers.AdamW)
+    assert float(model.optimizer.learning_rate) == pytest.approx(3e-4)
+    assert model.optimizer.weight_decay == 0.01
+
+
+def test_training_learns_and_leaves_its_history(tmp_path):
+    dataset = colours()
+    dataset, validation = dataset.hold_out(24, seed=0)
+    model = small_model(dataset)
+    recipe = small_recipe()
+    history, interrupted = fit(model, dataset, recipe, 0, validation, tmp_path)
+    assert not interrupted
+    assert history["loss"][-1] < 0.8 * history["loss"][0]
+    assert history["val_accuracy"][-1] > 0.9
+    with open(tmp_path / "history.csv", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [int(row.pop("epoch")) for row in rows] == [1, 2, 3, 4]
+    keys = ["accuracy", "learning_rate", "loss", "seconds", "val_accuracy", "val_loss"]
+    assert sorted(rows[0]) == sorted(history) == keys
+    for key in keys:
+        assert [float(row[key]) for row in rows] == pytest.approx(history[key])
+    assert history["learning_rate"] == pytest.approx([3e-3, 3e-3, 3e-4, 3e-4])
+    best = keras.saving.load_model(tmp_path / "best.keras")
+    images, labels = validation
+    predicted = best.predict(images, verbose=0).argmax(axis=1)
+    assert np.mean(predicted == labels) == pytest.approx(max(history["val_accuracy"]))
+
+
+def test_the_same_seed_trains_the_same_model():
+    weights = []
+    for _ in range(2):
+        dataset = colours()
+        model = small_model(dataset)
+        fit(model, dataset, small_recipe(epochs=2), seed=0)
+        weights.append(model.get_weights())
+    for first, second in zip(*weights, strict=True):
+        assert np.allclose(first, second, atol=1e-6)
+
+
+def test_each_epoch_shows_its_own_order_of_images(monkeypatch):
+    dataset = colours(48)
+    started, read = [], []
+
+    class Recorder(Batches):
+        def start_epoch(self, epoch):
+            super().start_epoch(epoch)
+            started.append(epoch)
+            read.clear()
+
+        def __getitem__(self, index):
+            images, labels = super().__getitem__(index)
+            read.append((index, images))
+            return images, labels
+
+    class Comparer(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            expected = Batches(dataset.train_images, dataset.train_labels, 16, seed=7)
+            expected.start_epoch(epoch + 1)
+            for index, images in read:
+                assert np.array_equal(images, expected[index][0])
+            assert {index for index, _ in read} == {0, 1, 2}
+
+    monkeypatch.setattr(training, "Batches", Recorder)
+    monkeypatch.setattr(training, "StopOnInterrupt", lambda: comparer)
+    comparer = Comparer()
+    comparer.interrupted = False
+    fit(small_model(dataset), dataset, small_recipe(epochs=3), seed=7)
+    assert started[-3:] == [1, 2, 3]
+
+
+def test_an_interrupt_ends_training_after_the_step_in_progress(monkeypatch, tmp_path):
+    dataset = colours()
+    model = small_model(dataset)
+    steps = []
+
+    class Interrupter(training.HistoryFile):
+        def on_train_batch_end(self, batch, logs=None):
+            steps.append(batch)
+            if len(steps) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(training, "HistoryFile", Interrupter)
+    before = signal.getsignal(signal.SIGINT)
+    history, interrupted = fit(model, dataset, small_recipe(), run_dir=tmp_path)
+    assert interrupted
+    assert len(steps) <= 4
+    assert len(history["loss"]) == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    model.save(tmp_path / "model.keras")
+
+
+@pytest.mark.slow
+def test_the_loss_falls_on_real_images():
+    dataset = load_dataset("cifar10").limit_train(2000, seed=0)
+    keras.utils.set_random_seed(0)
+    model = build_model(dataset, Baseline())
+    history, _ = fit(model, dataset, Baseline(epochs=3))
+    assert history["loss"][0] < 2.4
+    assert history["loss"][-1] < history["loss"][0] - 0.15
+    predicted = model.predict(dataset.test_images[:2000], batch_size=256, verbose=0).argmax(axis=1)
+    assert np.mean(predicted == dataset.test_labels[:2000]) > 0.2
