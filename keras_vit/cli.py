@@ -284,6 +284,8 @@ def _kind(field):
 
 def _check(field, value):
     """Refuses a value that a field does not allow."""
+    if value is None:
+        return
     limits = field.metadata
     flag = "--" + field.name.replace("_", "-")
     for number in value if isinstance(value, (tuple, list)) else [value]:
