@@ -139,8 +139,8 @@ def run(options, recipe, named):
         if options.limit_train:
             dataset = dataset.limit_train(options.limit_train, options.seed)
         keras.utils.set_random_seed(options.seed)
-        keras.config.set_dtype_policy("mixed_bfloat16" if options.mixed_precision else "float32")
-        model = training.build_model(dataset, recipe)
+        dtype = "mixed_bfloat16" if options.mixed_precision else "float32"
+        model = training.build_model(dataset, recipe, dtype)
     except ValueError as error:
         raise Failure(" ".join(str(error).split())) from error
 

@@ -1,5 +1,7 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
+import contextlib
+
 import keras
 
 from keras_vit.layers import ClassToken, Patches, PositionEmbedding, RandomResizedCrop
@@ -33,7 +35,13 @@ class VisionTransformer(keras.Model):
         augmentation: list of layers applied to the images of a training
             batch, in order. By default a horizontal flip and a
             `RandomResizedCrop` to the same size; `[]` for none.
+        dtype: dtype policy of the layers, such as `"mixed_bfloat16"`; by
+            default the global one. Pixels and logits stay in float32.
         **kwargs: base model keyword arguments, such as `name`.
+
+    Raises:
+        ValueError: if a size lies outside its range, if `num_heads` does not
+            divide `embed_dim`, or `patch_size` not the image.
 
     Example:
 
@@ -54,6 +62,7 @@ class VisionTransformer(keras.Model):
         depth=6,
         dropout=0.2,
         augmentation=None,
+        dtype=None,
         **kwargs,
     ):
         sizes = {
@@ -76,33 +85,33 @@ class VisionTransformer(keras.Model):
         if augmentation is None:
             augmentation = default_augmentation(image_shape)
 
-        images = x = keras.Input(image_shape, name="images")
-        for layer in augmentation:
-            x = layer(x)
-        # Pixels stay in float32 under mixed precision: bfloat16 would round them.
-        normalization = keras.layers.Normalization(dtype="float32", name="normalization")
-        x = normalization(x)
-
-        x = Patches(patch_size, name="patches")(x)
-        x = keras.layers.Dense(embed_dim, name="patch_embedding")(x)
-        x = ClassToken(name="class_token")(x)
-        x = PositionEmbedding(name="position_embedding")(x)
-        x = keras.layers.Dropout(dropout, name="dropout")(x)
-        for block in range(1, depth + 1):
-            x = transformer_block(x, mlp_dim, num_heads, dropout, name=f"block_{block}")
-        x = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(x)
-        head = keras.layers.Dense(
-            num_classes, kernel_initializer="zeros", dtype="float32", name="head"
-        )
-        logits = head(x[:, 0])
+        policy = keras.dtype_policies.get(dtype)
+        with _default_policy(policy):
+            images = x = keras.Input(image_shape, name="images")
+            for layer in augmentation:
+                x = layer(x)
+            # Pixels stay in float32 under mixed precision: bfloat16 would round them.
+            x = keras.layers.Normalization(dtype="float32", name="normalization")(x)
+            x = Patches(patch_size, name="patches")(x)
+            x = keras.layers.Dense(embed_dim, name="patch_embedding")(x)
+            x = ClassToken(name="class_token")(x)
+            x = PositionEmbedding(name="position_embedding")(x)
+            x = keras.layers.Dropout(dropout, name="dropout")(x)
+            for block in range(1, depth + 1):
+                x = transformer_block(x, mlp_dim, num_heads, dropout, name=f"block_{block}")
+            x = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(x)
+            head = keras.layers.Dense(
+                num_classes, kernel_initializer="zeros", dtype="float32", name="head"
+            )
+            logits = head(x[:, 0])
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
-        self.normalization = normalization
         self._config = {
             "image_shape": tuple(image_shape),
             "patch_size": patch_size,
             "dropout": dropout,
+            "dtype": policy.name,
             **sizes,
         }
 
@@ -112,7 +121,7 @@ class VisionTransformer(keras.Model):
         Args:
             images: array `(B, H, W, C)` of raw pixels.
         """
-        self.normalization.adapt(images)
+        self.get_layer("normalization").adapt(images)
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
@@ -125,6 +134,17 @@ class VisionTransformer(keras.Model):
             for layer in config["augmentation"]
         ]
         return cls(**{**config, "augmentation": layers})
+
+
+@contextlib.contextmanager
+def _default_policy(policy):
+    """Makes a dtype policy that of every layer made inside."""
+    previous = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(previous)
 
 
 def default_augmentation(image_shape, horizontal_flip=True):

@@ -35,8 +35,16 @@ def has_gpu():
     return bool(keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu"))
 
 
-def build_model(dataset, recipe):
-    """An untrained `VisionTransformer` for a `Dataset`, adapted to its training images.
+def build_model(dataset, recipe, dtype=None):
+    """An untrained model, adapted to the training images.
+
+    Args:
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+        dtype: dtype policy of the layers.
+
+    Returns:
+        A `VisionTransformer`.
 
     Raises:
         ValueError: if the recipe's sizes do not fit the images or each other.
@@ -53,6 +61,7 @@ def build_model(dataset, recipe):
         depth=recipe.depth,
         dropout=recipe.dropout,
         augmentation=layers,
+        dtype=dtype,
     )
     model.adapt(dataset.train_images)
     return model

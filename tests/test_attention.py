@@ -147,14 +147,9 @@ def test_scores_do_not_depend_on_how_many_images_come_at_once(model, images):
 
 
 def test_scores_under_mixed_precision_are_float32_and_near_those_of_full_precision(model, images):
-    before = keras.config.dtype_policy()
-    try:
-        keras.config.set_dtype_policy("mixed_bfloat16")
-        mixed = VisionTransformer.from_config(model.get_config())
-    finally:
-        keras.config.set_dtype_policy(before)
+    mixed = VisionTransformer.from_config({**model.get_config(), "dtype": "mixed_bfloat16"})
     mixed.set_weights(model.get_weights())
-    mixed.normalization.finalize_state()
+    mixed.get_layer("normalization").finalize_state()
     scores = attention_scores(mixed, images)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores[:, 0], attention_scores(model, images)[:, 0], atol=0.1)

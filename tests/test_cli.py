@@ -17,11 +17,8 @@ TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--patch
 
 
 @pytest.fixture(autouse=True)
-def leave_keras_as_it_was(monkeypatch):
+def keep_the_backend(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
-    policy = keras.config.dtype_policy()
-    yield
-    keras.config.set_dtype_policy(policy)
 
 
 def train(*arguments, folder):

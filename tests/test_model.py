@@ -236,18 +236,27 @@ def test_a_few_steps_of_fit_tell_dark_images_from_bright_ones():
     assert accuracy == 1
 
 
-def test_logits_are_float32_under_mixed_precision_and_close_to_full_precision(model):
-    before = keras.config.dtype_policy()
-    try:
-        keras.config.set_dtype_policy("mixed_bfloat16")
-        mixed = make_model()
-    finally:
-        keras.config.set_dtype_policy(before)
+def test_logits_are_float32_under_mixed_precision_and_close_to_full_precision(model, tmp_path):
+    mixed = make_model(dtype="mixed_bfloat16")
+    assert keras.config.dtype_policy().name == "float32"
     assert mixed.get_layer("block_1_mlp_hidden").compute_dtype == "bfloat16"
     images = random_images(10, 6, 8, 8, 3)
     logits, expected = predict(mixed, images), predict(model, images)
     assert logits.dtype == np.float32
     assert 0 < np.abs(logits - expected).max() < 0.1 * np.abs(expected).max()
+    mixed.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.get_layer("block_1_attention").compute_dtype == "bfloat16"
+    np.testing.assert_allclose(predict(again, images), logits, atol=1e-6)
+
+
+def test_the_global_policy_is_the_default():
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_dtype_policy("mixed_bfloat16")
+        assert make_model().get_layer("block_1_attention").compute_dtype == "bfloat16"
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 # Files
@@ -272,9 +281,9 @@ def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
     assert np.abs(trained - predict(again, images)).max() > 1e-2
 
     pixels = random_images(100, 32, 8, 8, 3).astype("float64")
+    normalization = again.get_layer("normalization")
     mean, variance = (
-        ops.convert_to_numpy(x).ravel()
-        for x in (again.normalization.mean, again.normalization.variance)
+        ops.convert_to_numpy(x).ravel() for x in (normalization.mean, normalization.variance)
     )
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(variance, pixels.var(axis=(0, 1, 2)), rtol=1e-4)
