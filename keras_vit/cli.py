@@ -14,10 +14,8 @@ import tempfile
 import time
 import typing
 
-from keras_vit.recipes import RECIPES, option
+from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
 
-# Epochs of a run on a machine without an accelerator, unless the user says otherwise.
-CPU_EPOCHS = 10
 BACKENDS = ("tensorflow", "jax", "torch")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
@@ -33,7 +31,11 @@ class Run:
     )
     limit_train: int | None = option(None, "train on so many images only", low=1)
     validation: int = option(0, "training images held out to measure each epoch", low=0)
-    recipe: str = option("baseline", "settings to start from", choices=tuple(RECIPES))
+    recipe: str | None = option(
+        None,
+        "settings to start from (default: baseline; digits has its own)",
+        choices=tuple(RECIPES),
+    )
     seed: int = option(0, "decides weights, augmentation and the order of images", low=0)
     backend: str | None = option(
         None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
@@ -67,7 +69,7 @@ def main(arguments=None):
         arguments: list of strings; by default the process's own.
     """
     try:
-        return run(*parse(arguments))
+        return run(parse(arguments))
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.status
@@ -77,10 +79,10 @@ def main(arguments=None):
 
 
 def parse(arguments=None):
-    """Settings out of the command line and, with `--config`, of a file.
+    """The settings that the command line names and, with `--config`, a file.
 
     Returns:
-        A `Run`, a `Recipe`, and the set of the settings that the user named.
+        Dictionary of valid values by the names of the fields of `Run` and `Recipe`.
     """
     parser = Parser(
         prog="train.py",
@@ -101,20 +103,31 @@ def parse(arguments=None):
         named = {**_read_config(named.pop("config"), fields), **named}
     for name, value in named.items():
         _check(fields[name], value)
-    recipe = RECIPES[named.get("recipe", Run.recipe)]
-    values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named}
+    settle(named)
+    return named
+
+
+def settle(named):
+    """All settings: those that the user named, and the recipe's for the others.
+
+    Returns:
+        A `Run` and a `Recipe`.
+    """
+    dataset = named.get("dataset", Run.dataset)
+    name = named.get("recipe") or DEFAULT_RECIPES.get(dataset, "baseline")
+    recipe = RECIPES[name]
+    values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named, "recipe": name}
     _check_together(values)
-    return _pick(Run, values), _pick(recipe, values), set(named)
+    return _pick(Run, values), _pick(recipe, values)
 
 
-def run(options, recipe, named):
+def run(named):
     """Trains, evaluates and draws; returns the exit status.
 
     Args:
-        options: a `Run`.
-        recipe: a `Recipe`.
-        named: set of the settings that the user named.
+        named: dictionary of the settings that the user named, as `parse` returns it.
     """
+    options, recipe = settle(named)
     start = time.perf_counter()
     _choose_backend(options.backend)
     if options.tensorboard:
@@ -126,10 +139,12 @@ def run(options, recipe, named):
 
         from keras_vit import training
 
-    options, dataset = _load(options, named)
+    dataset = _load(options, named)
+    if dataset.name != options.dataset:
+        options, recipe = settle({**named, "dataset": dataset.name})
     run_dir = _run_dir(options)
     if "epochs" not in named and not training.has_gpu():
-        recipe = dataclasses.replace(recipe, epochs=min(recipe.epochs, CPU_EPOCHS))
+        recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
     try:
@@ -192,11 +207,11 @@ def report(model, dataset, recipe, history, figures_dir):
 
 
 def _load(options, named):
-    """The data, and the options with the name of the set that was really loaded."""
+    """The data that was asked for or, where nobody asked and it is missing, the digits."""
     from keras_vit import data
 
     try:
-        return options, data.load_dataset(options.dataset, options.data_dir)
+        return data.load_dataset(options.dataset, options.data_dir)
     except data.DatasetError as error:
         if "dataset" in named:
             raise Failure(str(error)) from error
@@ -205,8 +220,7 @@ def _load(options, named):
             "that this run writes is labelled 'digits'.",
             file=sys.stderr,
         )
-        options = dataclasses.replace(options, dataset="digits")
-        return options, data.load_dataset("digits")
+        return data.load_dataset("digits")
 
 
 def _choose_backend(backend):

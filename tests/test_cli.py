@@ -134,10 +134,19 @@ def test_a_data_set_asked_for_by_name_must_be_there(capsys, monkeypatch, tmp_pat
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"epochs": 3, "seed": 5, "milestones": [0.5], "limit_train": null}')
-    run, recipe, named = cli.parse(["--config", str(path), "--epochs", "7"])
+    named = cli.parse(["--config", str(path), "--epochs", "7"])
+    run, recipe = cli.settle(named)
     assert (recipe.epochs, run.seed, recipe.milestones, run.limit_train) == (7, 5, (0.5,), None)
     assert recipe.batch_size == RECIPES["baseline"]().batch_size
-    assert named == {"epochs", "seed", "milestones", "limit_train"}
+    assert set(named) == {"epochs", "seed", "milestones", "limit_train"}
+
+
+def test_the_digits_have_a_recipe_of_their_own():
+    run, recipe = cli.settle(cli.parse(["--dataset", "digits"]))
+    assert (run.recipe, recipe) == ("digits", RECIPES["digits"]())
+    run, recipe = cli.settle(cli.parse(["--dataset", "digits", "--recipe", "baseline"]))
+    assert (run.recipe, recipe) == ("baseline", RECIPES["baseline"]())
+    assert cli.settle(cli.parse([]))[0].recipe == "baseline"
 
 
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
@@ -153,7 +162,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
     assert cli.main([*TINY, "--limit-train=40", "--epochs=1"]) == 0
     captured = capsys.readouterr()
     assert "cifar10 is not in None: use --data-dir" in captured.err and "digits" in captured.err
-    folder = tmp_path / "runs" / "digits-baseline-seed0"
+    folder = tmp_path / "runs" / "digits-digits-seed0"
     assert json.loads((folder / "config.json").read_text())["dataset"] == "digits"
     assert json.loads((folder / "metrics.json").read_text())["dataset"] == "digits"
     assert len(list((tmp_path / "figures").glob("*.png"))) == 7
