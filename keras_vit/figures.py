@@ -261,7 +261,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path):
         )
         if legible:
             for (row, column), share in np.ndenumerate(np.nan_to_num(display.confusion_matrix)):
-                if share >= 0.005:
+                if round(100 * share) > 0:
                     colour = "white" if share > 0.5 else "black"
                     axis.text(
                         column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour
@@ -349,7 +349,7 @@ def _verdict(label, probabilities, class_names):
 def _draw_likeliest(axis, label, probabilities, class_names):
     """Bars of the three largest probabilities, the true class marked."""
     likeliest = probabilities.argsort()[::-1][:3]
-    colours = [BLUE if number == label else "#BBBBBB" for number in likeliest]
+    colours = ["#80C4EE" if number == label else "#CCCCCC" for number in likeliest]
     axis.axis("off")
     axis.barh(range(len(likeliest)), probabilities[likeliest], color=colours)
     axis.set(xlim=(0, 1), ylim=(2.6, -0.6))
