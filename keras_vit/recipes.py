@@ -46,14 +46,17 @@ class Recipe:
 class Baseline(Recipe):
     """A small Vision Transformer, 3.2 million parameters, trained as tutorials do.
 
+    Its 160 epochs have not been run yet; 10 of them reached 62.5 %, one seed, on two CPU cores.
     AdamW at 3e-4, divided by ten after 100 and after 150 of 160 epochs; flip and mild crop.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Digits(Recipe):
-    """scikit-learn's 1,438 training digits in two minutes on two CPU cores.
+    """scikit-learn's 1,438 training digits, for where there is no other data.
 
+    96.4 % of the 359 test digits, one seed, in under five minutes on two CPU cores, another job
+    beside it.
     They hold 8x8 pixels, so that patches of 8x8 out of 32x32 leave four of them in each token.
     """
 
