@@ -143,7 +143,7 @@ def run(named):
     if dataset.name != options.dataset:
         options, recipe = settle({**named, "dataset": dataset.name})
     run_dir = _run_dir(options)
-    if "epochs" not in named and not training.has_gpu():
+    if "epochs" not in named and not training.accelerators():
         recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 

@@ -9,6 +9,8 @@ import keras
 import numpy as np
 from sklearn import metrics
 
+from keras_vit.training import accelerators
+
 BATCH_SIZE = 256
 
 
@@ -77,10 +79,9 @@ def environment():
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    devices = keras.distribution.list_devices("gpu") or keras.distribution.list_devices("cpu")
     return {
         "backend": backend,
-        "device": f"{devices[0]}, {_processor()}, {os.cpu_count()} cores",
+        "device": f"{(*accelerators(), 'cpu')[0]}, {_processor()}, {os.cpu_count()} cores",
         "versions": {"python": platform.python_version(), **versions},
     }
 

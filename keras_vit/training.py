@@ -30,9 +30,16 @@ def step_schedule(learning_rate, epochs, milestones):
     return schedule, falls
 
 
-def has_gpu():
-    """Whether Keras's backend sees an accelerator."""
-    return bool(keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu"))
+def accelerators():
+    """Names of the GPUs or TPUs that Keras's backend computes on, such as `["gpu:0"]`."""
+    if keras.backend.backend() == "torch":  # Keras lists no devices there.
+        import torch
+
+        if not torch.accelerator.is_available():
+            return []
+        kind = torch.accelerator.current_accelerator().type
+        return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+    return keras.distribution.list_devices("gpu") or keras.distribution.list_devices("tpu")
 
 
 def build_model(dataset, recipe, dtype=None):
@@ -117,7 +124,7 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
 def compile_model(model, recipe):
     """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
     # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
-    on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not has_gpu()
+    on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
     model.compile(
         optimizer=keras.optimizers.AdamW(recipe.learning_rate, weight_decay=recipe.weight_decay),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_vit.arguments import positive_integer
+
 
 @keras.saving.register_keras_serializable("keras_vit")
 class Patches(keras.layers.Layer):
@@ -35,12 +37,7 @@ class Patches(keras.layers.Layer):
 
     def __init__(self, patch_size, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(patch_size, int) or isinstance(patch_size, bool) or patch_size < 1:
-            raise ValueError(
-                "Expected `patch_size` to be an integer of at least 1. "
-                f"Received: patch_size={patch_size!r}"
-            )
-        self.patch_size = patch_size
+        self.patch_size = positive_integer("patch_size", patch_size)
 
     def build(self, input_shape):
         self._grid(input_shape)

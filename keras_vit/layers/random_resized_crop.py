@@ -1,9 +1,10 @@
 """Random crops resized to one size: the augmentation that image classifiers lean on most."""
 
 import math
-import numbers
 
 import keras
+
+from keras_vit.arguments import positive_integer
 
 ATTEMPTS = 10
 
@@ -78,8 +79,8 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         **kwargs,
     ):
         super().__init__(
-            _positive_integer("height", height),
-            _positive_integer("width", width),
+            positive_integer("height", height),
+            positive_integer("width", width),
             seed=seed,
             data_format=data_format,
             **kwargs,
@@ -219,14 +220,6 @@ def _position(np, draw, room, is_central):
     # A draw just below one can round up to `room + 1`.
     anywhere = np.minimum(np.floor(draw * (room + 1)), room)
     return np.where(is_central, np.floor(room / 2), anywhere)
-
-
-def _positive_integer(name, value):
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"Expected `{name}` to be an integer of at least 1. Received: {name}={value!r}"
-        )
-    return int(value)
 
 
 def _range(name, value, upper):
