@@ -36,7 +36,9 @@ class Run:
         "settings to start from (default: baseline; digits has its own)",
         choices=tuple(RECIPES),
     )
-    seed: int = option(0, "decides weights, augmentation and the order of images", low=0)
+    seed: int = option(
+        0, "decides weights, augmentation and the order of images", low=0, below=2**32
+    )
     backend: str | None = option(
         None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
     )
@@ -133,11 +135,17 @@ def run(named):
     if options.tensorboard:
         _require("tensorboard", "--tensorboard")
     _run_dir(options)
+    figures_dir = _writable(options.figures_dir, "--figures-dir")
     # The rest of the package imports Keras, whose backend is settled only now.
     with _quiet():
         import keras
 
         from keras_vit import training
+    if options.backend not in (None, keras.backend.backend()):
+        raise Failure(
+            f"--backend {options.backend} comes too late: Keras was imported before and computes "
+            f"with {keras.backend.backend()}"
+        )
 
     dataset = _load(options, named)
     if dataset.name != options.dataset:
@@ -159,34 +167,40 @@ def run(named):
     except ValueError as error:
         raise Failure(" ".join(str(error).split())) from error
 
-    figures_dir = pathlib.Path(options.figures_dir)
     for folder in (run_dir, figures_dir):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise Failure(f"folder {folder} cannot be made: {error.strerror}") from error
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in ("metrics.json", "history.csv", "model.keras", "best.keras"):
+        (run_dir / name).unlink(missing_ok=True)
     settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
+    del settings["overwrite"]  # A wish for this once, not for every repetition.
     _write_json(run_dir / "config.json", settings)
     print(f"Training on {len(dataset.train_images):,} images of {options.dataset}, into {run_dir}")
     history, interrupted = training.fit(
         model, dataset, recipe, options.seed, validation, run_dir, options.tensorboard
     )
+    if not math.isfinite(history["loss"][-1]):
+        raise Failure(
+            f"the loss is {history['loss'][-1]} in epoch {len(history['loss'])}: training diverged "
+            f"at a learning rate of {history['learning_rate'][-1]:g}, try a smaller one",
+            status=3,
+        )
     model.save(run_dir / "model.keras")
     if interrupted:
         print(f"\nInterrupted: what was learned so far is in {run_dir / 'model.keras'}")
         return 130
-    metrics = report(model, dataset, recipe, history, figures_dir)
+    probabilities, metrics = evaluate(model, dataset, history)
     run_facts = {"dataset": options.dataset, "recipe": options.recipe, "seed": options.seed}
     seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
-    # The numbers come last: a folder that holds them holds a finished run.
+    # Before the pictures, whose failure must not cost the numbers.
     _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
+    draw(model, dataset, recipe, probabilities, history, figures_dir)
     print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
     return 0
 
 
-def report(model, dataset, recipe, history, figures_dir):
-    """Measures a trained model on the test set and draws its pictures; returns the numbers."""
-    from keras_vit import evaluation, figures, training
+def evaluate(model, dataset, history):
+    """Measures a trained model on the test set and prints it; returns probabilities and numbers."""
+    from keras_vit import evaluation
 
     probabilities = evaluation.predict(model, dataset.test_images)
     labels, names = dataset.test_labels, dataset.class_names
@@ -196,14 +210,23 @@ def report(model, dataset, recipe, history, figures_dir):
         **evaluation.training_metrics(history, len(dataset.train_images)),
         **evaluation.environment(),
     }
-    _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-    figures.draw_all(model, dataset, probabilities, history, falls, figures_dir)
     print(evaluation.per_class_table(metrics))
     print(
         f"Test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
         f"on {len(labels):,} images of {dataset.name}"
     )
-    return metrics
+    return probabilities, metrics
+
+
+def draw(model, dataset, recipe, probabilities, history, folder):
+    """Draws the pictures of a run into a folder."""
+    from keras_vit import figures, training
+
+    _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+    try:
+        figures.draw_all(model, dataset, probabilities, history, falls, folder)
+    except OSError as error:
+        raise Failure(f"the pictures cannot be written to {folder}: {error.strerror}", 1) from error
 
 
 def _load(options, named):
@@ -227,7 +250,9 @@ def _choose_backend(backend):
     """Settles what Keras computes with, before anything imports Keras."""
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
-    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
+    if backend not in BACKENDS:
+        raise Failure(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}, not {backend!r}")
     _require(backend, f"backend {backend!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("absl").setLevel(logging.ERROR)
@@ -259,15 +284,24 @@ def _run_dir(options):
     """The folder of a run; a finished one is left alone."""
     name = options.dataset.replace("/", "_").replace(":", "_")
     default = f"runs/{name}-{options.recipe}-seed{options.seed}"
-    folder = pathlib.Path(options.output or default)
-    if folder.exists() and not folder.is_dir():
-        raise Failure(f"--output {folder} is a file, expected a folder")
+    folder = _writable(options.output or default, "--output")
     if (folder / "metrics.json").exists() and not options.overwrite:
         raise Failure(
             f"{folder} holds a finished run: choose another folder with --output, "
             "or allow this one to be replaced with --overwrite"
         )
     return folder
+
+
+def _writable(folder, flag):
+    """A folder that is there or can be made, and written to; nothing is made yet."""
+    folder = pathlib.Path(folder)
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            return folder
+    except OSError as error:
+        raise Failure(f"{flag} {folder} cannot be written to: {error.strerror}") from error
 
 
 def _add_option(group, field):

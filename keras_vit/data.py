@@ -11,18 +11,20 @@ import numpy as np
 # Sets whose classes a mirror changes: a mirrored 2 is no digit.
 NOT_MIRRORED = {
     "binarized_mnist",
-    "digits",
+    "binary_alpha_digits",
+    "cmaterdb",
     "emnist",
     "kmnist",
     "mnist",
     "mnist_corrupted",
     "omniglot",
+    "svhn",
     "svhn_cropped",
 }
 # Share of the images that becomes the test set where a source has none; the seed never changes.
 TEST_SHARE, TEST_SEED = 0.2, 0
-# Side that images are resized to where those of a set differ in size.
-MIXED_SIZE_SIDE = 64
+# Side that images are resized to where those of a set differ in size or are larger than LARGEST.
+RESIZED_SIDE, LARGEST = 64, 128
 
 
 class DatasetError(RuntimeError):
@@ -54,9 +56,8 @@ class Dataset:
         return self.train_images.shape[1:]
 
     def limit_train(self, count, seed):
-        """The same data with `count` training images, drawn from each class in proportion."""
-        kept, _ = self._split_train(count, seed)
-        return kept
+        """The same data with at most `count` training images, each class in proportion."""
+        return self._split_train(min(count, len(self.train_labels)), seed, f"train on {count}")[0]
 
     def hold_out(self, count, seed):
         """Sets `count` training images aside, drawn from each class in proportion.
@@ -64,17 +65,17 @@ class Dataset:
         Returns:
             The data without them, and the pair `(images, labels)` held out.
         """
-        kept, aside = self._split_train(len(self.train_labels) - count, seed)
+        kept, aside = self._split_train(len(self.train_labels) - count, seed, f"hold out {count}")
         return kept, (self.train_images[aside], self.train_labels[aside])
 
-    def _split_train(self, count, seed):
+    def _split_train(self, count, seed, wish):
         total, classes = len(self.train_labels), len(self.class_names)
+        if count == total:
+            return self, np.empty(0, int)
         if not classes <= count <= total - classes:
-            if count == total:
-                return self, np.empty(0, int)
             raise ValueError(
-                f"Expected to keep at least one image of each of the {classes} classes and to set "
-                f"as many aside, out of {total} training images. Received: {count} to keep"
+                f"{self.name} has {total} training images of {classes} classes, and a split leaves "
+                f"{classes} or more on either side. Received: a wish to {wish} of them"
             )
         kept, aside = stratified_split(self.train_labels, count, seed)
         images, labels = self.train_images[kept], self.train_labels[kept]
@@ -119,8 +120,9 @@ def load_dataset(source="cifar10", data_dir=None):
         source: string, `"digits"` for the 1,797 scanned digits that
             scikit-learn carries, enlarged from 8x8 to 32x32 RGB, or the name
             of any image classification set of TensorFlow Datasets, such as
-            `"cifar10"`. Images of different sizes are resized to 64x64. A set
-            without a test split gives up a fifth of its images for one.
+            `"cifar10"`. Images of different sizes, or with a side of over
+            128 pixels, are resized to 64x64. A set without a labelled test or
+            validation split gives up a fifth of its images for one.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
 
@@ -153,21 +155,24 @@ def _load_digits():
     side = 32, 32
     images = np.stack([Image.fromarray(x).resize(side, Image.Resampling.BICUBIC) for x in scans])
     images = np.repeat(images[..., None], 3, axis=-1)
-    return _split("digits", images, digits.target, [str(name) for name in digits.target_names])
+    names = [str(name) for name in digits.target_names]
+    return _split("digits", images, digits.target, names, horizontal_flip=False)
 
 
 def _load_tfds(source, data_dir):
     builder = _builder(source, data_dir)
     image_feature, label_feature = _supervised_features(builder)
     _prepare(builder)
-    splits = builder.info.splits
-    test_name = next((name for name in ("test", "validation") if name in splits), None)
+    parts = [builder.name, builder.builder_config and builder.builder_config.name]
+    mirror, names = NOT_MIRRORED.isdisjoint(parts), list(label_feature.names)
     train = _read_split(builder, "train", image_feature)
-    names = list(label_feature.names)
-    if test_name is None:
-        return _split(source, *train, names)
-    test = _read_split(builder, test_name, image_feature)
-    return Dataset(source, *train, *test, names, _may_mirror(source))
+    if train is None:
+        raise DatasetError(f"{source} has no labelled split named 'train' to learn from")
+    for split in ("test", "validation"):
+        test = _read_split(builder, split, image_feature)
+        if test is not None:
+            return Dataset(source, *train, *test, names, mirror)
+    return _split(source, *train, names, mirror)
 
 
 def _builder(source, data_dir):
@@ -222,7 +227,7 @@ def _supervised_features(builder):
     features, keys = builder.info.features, builder.info.supervised_keys or ()
     pair = [features[key] for key in keys if isinstance(key, str)]
     kinds = (tfds.features.Image, tfds.features.ClassLabel)
-    if len(pair) != 2 or not all(map(isinstance, pair, kinds)) or pair[0].dtype != np.uint8:
+    if len(pair) != 2 or not all(map(isinstance, pair, kinds)) or pair[0].np_dtype != np.uint8:
         raise DatasetError(
             f"{builder.name} is not an image classification set: expected 8-bit images with one "
             f"label each, but it is supervised by {keys or 'nothing'}"
@@ -231,12 +236,18 @@ def _supervised_features(builder):
 
 
 def _read_split(builder, split, image_feature):
-    """Images and labels of one split, decoded into two arrays."""
+    """Images and labels of one split as two arrays; None if it is not there or has no labels."""
     import tensorflow as tf
 
+    if split not in builder.info.splits:
+        return None
     images = builder.as_dataset(split=split, as_supervised=True)
-    if None in image_feature.shape:
-        side = MIXED_SIZE_SIDE, MIXED_SIZE_SIDE
+    _, first_label = next(iter(images.take(1)))
+    if first_label < 0:  # How sets mark a label that is kept secret.
+        return None
+    height, width, _ = image_feature.shape
+    if None in (height, width) or max(height, width) > LARGEST:
+        side = RESIZED_SIDE, RESIZED_SIDE
 
         def resize(image, label):
             image = tf.image.resize(tf.cast(image, tf.float32), side, antialias=True)
@@ -247,16 +258,15 @@ def _read_split(builder, split, image_feature):
     return tuple(np.asarray(array) for array in whole)
 
 
-def _split(name, images, labels, class_names):
+def _split(name, images, labels, class_names, horizontal_flip):
     """A `Dataset` out of images that nobody has split."""
     count = len(labels) - round(len(labels) * TEST_SHARE)
-    train, test = stratified_split(labels, count, TEST_SEED)
+    try:
+        train, test = stratified_split(labels, count, TEST_SEED)
+    except ValueError as error:
+        raise DatasetError(f"{name} has too few images to set some aside for testing") from error
     pairs = images[train], labels[train], images[test], labels[test]
-    return Dataset(name, *pairs, class_names, _may_mirror(name))
-
-
-def _may_mirror(source):
-    return source.split(":")[0].split("/")[0] not in NOT_MIRRORED
+    return Dataset(name, *pairs, class_names, horizontal_flip)
 
 
 def _first_line(error):

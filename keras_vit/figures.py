@@ -27,6 +27,7 @@ STYLE = {
     "savefig.dpi": 150,
 }
 SEED = 0
+MOST_PATCHES = 128
 
 
 def draw_all(model, dataset, probabilities, history, falls, folder):
@@ -43,27 +44,26 @@ def draw_all(model, dataset, probabilities, history, falls, folder):
     names, labels = dataset.class_names, dataset.test_labels
     patch_size = model.get_layer("patches").patch_size
     examples = _one_per_class(labels, len(names), 6)
-    draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png")
-    draw_patches(dataset.test_images[examples[0]], patch_size, folder / "patches.png")
+    images, of = dataset.test_images, {"source": dataset.name}
+    draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png", **of)
+    draw_patches(images[examples[0]], patch_size, folder / "patches.png", **of)
     draw_model(model, folder / "model.png")
-    draw_history(history, falls, folder / "history.png")
-    draw_predictions(dataset.test_images, labels, probabilities, names, folder / "predictions.png")
-    draw_confusion_matrix(labels, probabilities, names, folder / "confusion_matrix.png")
-    draw_attention_rollout(
-        model,
-        dataset.test_images[examples],
-        [_verdict(labels[i], probabilities[i], names) for i in examples],
-        folder / "attention_rollout.png",
-    )
+    draw_history(history, falls, folder / "history.png", **of)
+    draw_predictions(images, labels, probabilities, names, folder / "predictions.png", **of)
+    draw_confusion_matrix(labels, probabilities, names, folder / "confusion_matrix.png", **of)
+    verdicts = [_verdict(labels[i], probabilities[i], names) for i in examples]
+    path = folder / "attention_rollout.png"
+    draw_attention_rollout(model, images[examples], verdicts, path, **of)
 
 
-def draw_augmentation(layers, images, path, count=5, draws=9):
+def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
     """Images beside several random draws of the layers that vary them.
 
     Args:
         layers: list of augmentation layers.
         images: array `(N, H, W, C)`, of which the first `count` are shown.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
         count: int, number of images.
         draws: int, number of draws of each.
     """
@@ -88,21 +88,23 @@ def draw_augmentation(layers, images, path, count=5, draws=9):
         axes[0, 0].set_title("original", fontsize=10, color=BLUE, fontweight="bold")
         steps = " → ".join(type(layer).__name__ for layer in layers) or "none"
         axes[0, (draws + 1) // 2].set_title(f"draws of the augmentation: {steps}", fontsize=10)
-        _save(figure, path)
+        _save(figure, path, source)
 
 
-def draw_patches(image, patch_size, path):
+def draw_patches(image, patch_size, path, source=None):
     """An image, the grid it is cut by, and the sequence of patches that the model reads.
 
     Args:
         image: array `(H, W, C)`.
         patch_size: int, side of a patch in pixels.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
     """
     height, width, channels = image.shape
     sequence = keras.ops.convert_to_numpy(Patches(patch_size)(image[None]))[0]
     patches = sequence.reshape(-1, patch_size, patch_size, channels)
-    columns = 16 if len(patches) >= 16 else len(patches)
+    total, patches = len(patches), patches[:MOST_PATCHES]
+    columns = min(len(patches), 16)
     rows = -(-len(patches) // columns)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10, 4.6 + 0.72 * rows))
@@ -118,8 +120,9 @@ def draw_patches(image, patch_size, path):
         cut.set_title(
             f"{height // patch_size}×{width // patch_size} patches of {patch_size}×{patch_size}"
         )
+        shown = "" if len(patches) == total else f", the first {len(patches)} of them shown"
         bottom.suptitle(
-            f"sequence of {len(patches)} patches, {sequence.shape[1]} numbers each", fontsize=11
+            f"sequence of {total:,} patches, {sequence.shape[1]} numbers each{shown}", fontsize=11
         )
         axes = bottom.subplots(rows, columns, squeeze=False).ravel()
         for number, (axis, patch) in enumerate(zip(axes, patches), start=1):
@@ -127,7 +130,7 @@ def draw_patches(image, patch_size, path):
             axis.set_xlabel(number, fontsize=8, labelpad=1)
         for axis in axes[len(patches) :]:
             axis.axis("off")
-        _save(figure, path)
+        _save(figure, path, source)
 
 
 def draw_model(model, path):
@@ -154,13 +157,14 @@ def draw_model(model, path):
         print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
 
 
-def draw_history(history, falls, path):
+def draw_history(history, falls, path, source=None):
     """Loss, accuracy and learning rate over the epochs, with the milestones of the rate.
 
     Args:
         history: dictionary of lists, one value per epoch.
         falls: epochs after which the learning rate falls.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
     """
     epochs = np.arange(1, len(history["loss"]) + 1)
     with plt.rc_context(STYLE):
@@ -187,10 +191,10 @@ def draw_history(history, falls, path):
         if falls:
             axes[2].plot([], [], ":", color=GREY, label="milestone")
             axes[2].legend()
-        _save(figure, path)
+        _save(figure, path, source)
 
 
-def draw_predictions(images, labels, probabilities, class_names, path, columns=6):
+def draw_predictions(images, labels, probabilities, class_names, path, source=None, columns=6):
     """Test images that the model got right and wrong, with its three likeliest classes.
 
     Args:
@@ -199,6 +203,7 @@ def draw_predictions(images, labels, probabilities, class_names, path, columns=6
         probabilities: array `(N, num_classes)`.
         class_names: list of strings.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
         columns: int, images of each kind in a row; there are two rows of each.
     """
     right = probabilities.argmax(axis=1) == labels
@@ -227,10 +232,10 @@ def draw_predictions(images, labels, probabilities, class_names, path, columns=6
                 )
                 picture.set_title(_verdict(labels[index], probabilities[index], class_names))
                 _draw_likeliest(bar, labels[index], probabilities[index], class_names)
-        _save(figure, path)
+        _save(figure, path, source)
 
 
-def draw_confusion_matrix(labels, probabilities, class_names, path):
+def draw_confusion_matrix(labels, probabilities, class_names, path, source=None):
     """How often each class is taken for each other, in percent of the true class.
 
     Args:
@@ -238,6 +243,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path):
         probabilities: array `(N, num_classes)`.
         class_names: list of strings.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
     """
     from sklearn.metrics import ConfusionMatrixDisplay
 
@@ -270,10 +276,10 @@ def draw_confusion_matrix(labels, probabilities, class_names, path):
         axis.set_title(f"percent of each true class; accuracy {accuracy:.2%}")
         axis.set_xlabel("predicted class")
         axis.set_ylabel("true class")
-        _save(figure, path)
+        _save(figure, path, source)
 
 
-def draw_attention_rollout(model, images, titles, path):
+def draw_attention_rollout(model, images, titles, path, source=None):
     """Where the class token's content comes from: map, overlay, and growth with depth.
 
     Args:
@@ -281,6 +287,7 @@ def draw_attention_rollout(model, images, titles, path):
         images: array `(B, H, W, C)` of raw pixels.
         titles: list of strings, one per image.
         path: `Path` of the picture.
+        source: string, name of the data set, written at the top.
     """
     scores = attention_scores(model, images)
     depth, side = scores.shape[1], model.get_layer("patches").patch_size
@@ -310,7 +317,7 @@ def draw_attention_rollout(model, images, titles, path):
             axis.set_title(heading, fontsize=10)
         axes[0, 3].set_title(f"up to block {shown[0] + 1}", fontsize=10)
         figure.supxlabel("each map from its smallest weight (dark) to its largest", fontsize=9)
-        _save(figure, path)
+        _save(figure, path, source)
 
 
 def _folded(model):
@@ -390,6 +397,8 @@ def _frame(axis, colour, line):
     )
 
 
-def _save(figure, path):
+def _save(figure, path, source):
+    if source is not None:
+        figure.suptitle(source, x=0.995, ha="right", fontsize=9, color=GREY)
     figure.savefig(path)
     plt.close(figure)

@@ -75,6 +75,13 @@ class VisionTransformer(keras.Model):
             "depth": depth,
         }
         sizes = {name: positive_integer(name, size) for name, size in sizes.items()}
+        if len(image_shape) != 3:
+            raise ValueError(
+                "Expected `image_shape` to be (height, width, channels). "
+                f"Received: image_shape={image_shape!r}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"Expected `dropout` to lie in [0, 1). Received: dropout={dropout!r}")
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
@@ -119,7 +126,8 @@ class VisionTransformer(keras.Model):
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
-        return {**self._config, "augmentation": layers, "name": self.name}
+        frozen = [layer.name for layer in self.layers if not layer.trainable]
+        return {**self._config, "augmentation": layers, "name": self.name, "frozen": frozen}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -127,7 +135,12 @@ class VisionTransformer(keras.Model):
             keras.saving.deserialize_keras_object(layer, custom_objects=custom_objects)
             for layer in config["augmentation"]
         ]
-        return cls(**{**config, "augmentation": layers})
+        settings = {**config, "augmentation": layers}
+        frozen = settings.pop("frozen", [])
+        model = cls(**settings)
+        for name in frozen:
+            model.get_layer(name).trainable = False
+        return model
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """From a recipe to a trained model: building, compiling, fitting."""
 
 import csv
+import math
 import signal
 import time
 
@@ -100,6 +101,7 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda i, _: batches.start_epoch(i + 1)),
         keras.callbacks.LearningRateScheduler(schedule),
         EpochTimer(),
+        StopOnDivergence(),
         stopper,
     ]
     if run_dir is not None:
@@ -160,6 +162,14 @@ class HistoryFile(keras.callbacks.Callback):
             if epoch == 0:
                 writer.writeheader()
             writer.writerow(row)
+
+
+class StopOnDivergence(keras.callbacks.Callback):
+    """Ends the training after an epoch whose loss is NaN or infinite."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            self.model.stop_training = True
 
 
 class StopOnInterrupt(keras.callbacks.Callback):

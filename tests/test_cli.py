@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -9,7 +10,7 @@ import sys
 import keras
 import pytest
 
-from keras_vit import cli, data
+from keras_vit import cli, data, figures, training
 from keras_vit.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -62,6 +63,9 @@ def test_help_answers_without_importing_keras():
         (["--num-heads", "7"], ["--embed-dim", "256", "7"]),
         (["--patch-size", "5"], ["5", "32"]),
         (["--seed", "-1"], ["--seed", "-1"]),
+        (["--seed", "4294967296"], ["--seed", "4294967296"]),
+        (["--output", "x" * 300], ["--output", "xxx"]),
+        (["--figures-dir", __file__], ["--figures-dir", __file__]),
         (["--backend", "theano"], ["--backend", "theano", "jax"]),
         (["--recipe", "best"], ["--recipe", "best", "baseline"]),
         (["--config", "missing.json"], ["--config", "missing.json"]),
@@ -115,10 +119,20 @@ def test_tensorboard_that_is_not_installed_says_what_to_install(capsys, monkeypa
     assert "pip install tensorboard" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_an_error(capsys, tmp_path):
-    (tmp_path / "figures").write_text("a file")
-    assert train("--dataset=digits", folder=tmp_path) == 2
-    assert "figures" in capsys.readouterr().err
+def test_an_unknown_backend_in_the_environment_is_named(capsys, monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "theano")
+    assert cli.main([]) == 2
+    assert "KERAS_BACKEND must be one of tensorflow, jax, torch, not 'theano'" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_backend_chosen_too_late_is_an_error(capsys, monkeypatch, tmp_path):
+    late = next(name for name in cli.BACKENDS if name != keras.backend.backend())
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: True)
+    assert train(f"--backend={late}", folder=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert f"--backend {late} comes too late" in error and keras.backend.backend() in error
 
 
 def test_a_data_set_asked_for_by_name_must_be_there(capsys, monkeypatch, tmp_path):
@@ -191,6 +205,41 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
     assert train(*arguments, "--overwrite", folder=tmp_path) == 0
+
+
+def test_a_repeated_run_does_not_overwrite_what_its_model_once_overwrote(tmp_path):
+    assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 0
+    assert "overwrite" not in json.loads((tmp_path / "run" / "config.json").read_text())
+    assert cli.main([f"--config={tmp_path / 'run' / 'config.json'}"]) == 2
+
+
+def test_overwriting_removes_the_numbers_of_the_run_before(monkeypatch, tmp_path):
+    def interrupted(*_):
+        return {"loss": [1.0]}, True
+
+    (tmp_path / "run").mkdir()
+    for name in ("metrics.json", "best.keras"):
+        (tmp_path / "run" / name).write_text("of the run before")
+    monkeypatch.setattr(training, "fit", interrupted)
+    assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 130
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "model.keras"}
+
+
+def test_pictures_that_cannot_be_written_do_not_cost_the_numbers(capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(figures, "draw_all", full)
+    assert train("--dataset=digits", folder=tmp_path) == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert "accuracy" in json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+
+def test_a_training_that_diverges_says_when_and_leaves_no_model(capsys, tmp_path):
+    assert train("--dataset=digits", "--learning-rate=1e38", "--epochs=3", folder=tmp_path) == 3
+    error = capsys.readouterr().err
+    assert "error: the loss is nan in epoch" in error and "learning rate of 1e+38" in error
+    assert not (tmp_path / "run" / "model.keras").exists()
 
 
 def test_settings_reach_the_model(monkeypatch, tmp_path):

@@ -1,13 +1,10 @@
-import dataclasses
-import os
-import pathlib
-
 import numpy as np
 import pytest
+from conftest import cifar10_on_disk
 from sklearn.datasets import load_digits
 
 from keras_vit import load_dataset
-from keras_vit.data import MIXED_SIZE_SIDE, Batches, Dataset, DatasetError
+from keras_vit.data import RESIZED_SIDE, Batches, Dataset, DatasetError
 
 
 @pytest.fixture(scope="module")
@@ -57,44 +54,77 @@ def test_an_unknown_data_set_is_named_in_the_error():
         load_dataset("no_such_set")
 
 
-@pytest.fixture(scope="module")
-def tiny_tfds(tmp_path_factory):
-    """A set prepared for TensorFlow Datasets: images of mixed sizes and no test split."""
+def prepare(folder, name, splits, shape=(None, None, 3)):
+    """Prepares a set for TensorFlow Datasets.
+
+    `splits` gives each split's labels; images are dark for even labels, and light for odd ones.
+    """
     tfds = pytest.importorskip("tensorflow_datasets")
 
-    class KerasVitTiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
+    def info(self):
+        features = {
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(names=["dark", "light"]),
+        }
+        features, keys = tfds.features.FeaturesDict(features), ("image", "label")
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
 
-        def _info(self):
-            features = tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "label": tfds.features.ClassLabel(names=["dark", "light"]),
-                }
-            )
-            keys = ("image", "label")
-            return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
+    def generate(self, labels):
+        for index, label in enumerate(labels):
+            height, width = (20 + index, 30) if shape[0] is None else shape[:2]
+            image = np.full((height, width, 3), 60 if label % 2 == 0 else 200, "uint8")
+            yield index, {"image": image, "label": label}
 
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for index in range(20):
-                image = np.full((20 + index, 30, 3), 60 if index % 2 == 0 else 200, "uint8")
-                yield index, {"image": image, "label": index % 2}
-
-    folder = tmp_path_factory.mktemp("tfds")
-    KerasVitTiny(data_dir=folder).download_and_prepare()
-    return folder
+    members = {
+        "__module__": __name__,
+        "VERSION": tfds.core.Version("1.0.0"),
+        "_info": info,
+        "_generate_examples": generate,
+        "_split_generators": lambda self, _: {
+            split: self._generate_examples(labels) for split, labels in splits.items()
+        },
+    }
+    builder = type(name, (tfds.core.GeneratorBasedBuilder,), members)
+    builder(data_dir=folder).download_and_prepare()
 
 
-def test_sets_of_mixed_sizes_are_resized_and_split(tiny_tfds):
-    dataset = load_dataset("keras_vit_tiny", tiny_tfds)
-    assert dataset.train_images.shape == (16, MIXED_SIZE_SIDE, MIXED_SIZE_SIDE, 3)
-    assert dataset.test_images.shape == (4, MIXED_SIZE_SIDE, MIXED_SIZE_SIDE, 3)
+def test_sets_of_mixed_sizes_are_resized_and_split(tmp_path):
+    prepare(tmp_path, "KerasVitMixed", {"train": [0, 1] * 10})
+    dataset = load_dataset("keras_vit_mixed", tmp_path)
+    assert dataset.train_images.shape == (16, RESIZED_SIDE, RESIZED_SIDE, 3)
+    assert dataset.test_images.shape == (4, RESIZED_SIDE, RESIZED_SIDE, 3)
     assert dataset.class_names == ["dark", "light"]
     assert np.array_equal(dataset.train_images[:, 0, 0, 0], np.where(dataset.train_labels, 200, 60))
     assert np.bincount(dataset.test_labels).tolist() == [2, 2]
+
+
+def test_small_images_keep_their_size_and_large_ones_do_not(tmp_path):
+    for side, expected in ((20, 20), (130, RESIZED_SIDE)):
+        name = f"KerasVitSide{side}"
+        prepare(tmp_path, name, {"train": [0, 1], "test": [0, 1]}, (side, side, 3))
+        dataset = load_dataset(f"keras_vit_side{side}", tmp_path)
+        assert dataset.train_images.shape == (2, expected, expected, 3)
+        assert dataset.test_images.shape == (2, expected, expected, 3)
+
+
+def test_where_test_labels_are_secret_the_validation_split_is_tested_on(tmp_path):
+    splits = {"train": [0, 1, 0, 1], "test": [-1, -1], "validation": [1, 1, 0]}
+    prepare(tmp_path, "KerasVitSecret", splits)
+    dataset = load_dataset("keras_vit_secret", tmp_path)
+    assert sorted(dataset.test_labels) == [0, 1, 1]
+    assert sorted(dataset.train_labels) == [0, 0, 1, 1]
+
+
+def test_a_set_without_training_images_is_refused(tmp_path):
+    prepare(tmp_path, "KerasVitTestOnly", {"test": [0, 1]})
+    with pytest.raises(DatasetError, match="keras_vit_test_only has no labelled split named"):
+        load_dataset("keras_vit_test_only", tmp_path)
+
+
+def test_a_set_too_small_to_split_is_refused(tmp_path):
+    prepare(tmp_path, "KerasVitTwo", {"train": [0, 1]})
+    with pytest.raises(DatasetError, match="keras_vit_two has too few images"):
+        load_dataset("keras_vit_two", tmp_path)
 
 
 def test_a_set_that_cannot_be_downloaded_says_how_to_supply_it(monkeypatch, tmp_path):
@@ -116,10 +146,7 @@ def test_a_set_without_labelled_images_is_refused_before_any_download(monkeypatc
 
 
 def test_cifar10_has_the_published_statistics():
-    folder = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
-    if not (folder / "cifar10").exists():
-        pytest.skip("CIFAR-10 is not on disk")
-    dataset = load_dataset("cifar10")
+    dataset = cifar10_on_disk()
     assert dataset.train_images.shape == (50000, 32, 32, 3)
     assert dataset.test_images.shape == (10000, 32, 32, 3)
     assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
@@ -171,11 +198,19 @@ def test_a_limited_training_set_keeps_the_shares_of_the_classes():
     limited = numbered().limit_train(40, seed=0)
     assert np.bincount(limited.train_labels).tolist() == [10] * 4
     dataset = numbered()
-    assert dataclasses.asdict(dataset.limit_train(100, 0)).keys() == vars(dataset).keys()
-    assert len(dataset.limit_train(100, 0).train_labels) == 100
+    for count in (100, 1000):
+        all_of_it = dataset.limit_train(count, seed=0)
+        np.testing.assert_array_equal(all_of_it.train_images, dataset.train_images)
 
 
-@pytest.mark.parametrize("count", [0, 3, 97, 101])
-def test_a_set_cannot_be_limited_to_a_size_without_every_class(count):
-    with pytest.raises(ValueError, match=rf"4 classes.*100 training images.*{count}"):
+@pytest.mark.parametrize("count", [1, 3, 97])
+def test_a_split_needs_every_class_on_either_side(count):
+    with pytest.raises(ValueError, match=rf"100 training images of 4 .*to train on {count} of"):
         numbered().limit_train(count, seed=0)
+    with pytest.raises(ValueError, match=rf"100 training images of 4 .*to hold out {count} of"):
+        numbered().hold_out(count, seed=0)
+
+
+def test_no_more_images_can_be_held_out_than_there_are():
+    with pytest.raises(ValueError, match="numbered has 100 training images.*hold out 5000 of"):
+        numbered().hold_out(5000, seed=0)

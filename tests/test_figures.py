@@ -51,6 +51,21 @@ def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities):
     assert all(is_drawn(path) for path in tmp_path.iterdir())
 
 
+def test_every_picture_of_data_names_the_data_set(
+    tmp_path, model, dataset, probabilities, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
+
+
+def test_of_very_many_patches_the_first_are_drawn(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")
+    figures.draw_patches(image, 1, tmp_path / "patches.png")
+    assert is_drawn(tmp_path / "patches.png")
+
+
 def test_drawing_leaves_the_model_as_it_was(tmp_path, model, dataset, probabilities):
     before = model.predict(dataset.test_images, verbose=0)
     figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)

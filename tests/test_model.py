@@ -30,7 +30,7 @@ def random_images(seed, *shape):
 
 
 def randomize(model, seed=0):
-    """Gives all weights values of their own; the head starts at zero and would hide mistakes."""
+    """Gives all weights values of their own; biases of zero would hide mistakes."""
     rng = np.random.default_rng(seed)
     for weight in model.trainable_weights:
         if weight.path.endswith(("kernel", "token", "position")):
@@ -265,6 +265,10 @@ def test_the_global_policy_is_the_default():
         keras.config.set_dtype_policy(before)
 
 
+def test_no_layer_switches_xla_off(default_model):
+    assert all(layer.supports_jit for layer in default_model.layers)
+
+
 # Files
 
 
@@ -293,6 +297,16 @@ def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
     )
     np.testing.assert_allclose(mean, pixels.mean(axis=(0, 1, 2)), rtol=1e-5)
     np.testing.assert_allclose(variance, pixels.var(axis=(0, 1, 2)), rtol=1e-4)
+
+
+def test_a_frozen_layer_stays_frozen_in_a_file(tmp_path):
+    model = make_model()
+    model.get_layer("block_1_attention").trainable = False
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    frozen = [layer.name for layer in again.layers if not layer.trainable]
+    assert frozen == ["block_1_attention"]
+    assert len(again.trainable_weights) == len(model.trainable_weights)
 
 
 def test_a_loaded_model_can_be_adapted_and_saved_again(saved, tmp_path):
@@ -340,9 +354,13 @@ np.save({str(tmp_path / "logits.npy")!r}, logits)
         ({"patch_size": 3}, "patch_size=3, height=8, width=8"),
         ({"patch_size": 0}, "patch_size=0"),
         ({"patch_size": 4.0}, "patch_size=4.0"),
+        ({"num_classes": True}, "num_classes=True"),
+        ({"depth": 0}, "depth=0"),
+        ({"mlp_dim": "16"}, "mlp_dim='16'"),
+        ({"image_shape": (8, 8)}, "image_shape=(8, 8)"),
         ({"image_shape": (8, 10, 3)}, "height=8, width=10"),
-        ({"dropout": 1.5}, "1.5"),
-        ({"dropout": -0.1}, "-0.1"),
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"dropout": -0.1}, "dropout=-0.1"),
     ],
 )
 def test_sizes_that_do_not_fit_together_are_refused_by_name(changes, message):

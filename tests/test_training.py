@@ -5,8 +5,9 @@ import signal
 import keras
 import numpy as np
 import pytest
+from conftest import cifar10_on_disk
 
-from keras_vit import load_dataset, training
+from keras_vit import training
 from keras_vit.data import Batches, Dataset
 from keras_vit.recipes import Baseline
 from keras_vit.training import build_model, compile_model, fit, step_schedule
@@ -143,7 +144,7 @@ def test_an_interrupt_ends_training_after_the_step_in_progress(monkeypatch, tmp_
 
 @pytest.mark.slow
 def test_the_loss_falls_on_real_images():
-    dataset = load_dataset("cifar10").limit_train(2000, seed=0)
+    dataset = cifar10_on_disk().limit_train(2000, seed=0)
     keras.utils.set_random_seed(0)
     model = build_model(dataset, Baseline())
     history, _ = fit(model, dataset, Baseline(epochs=3))

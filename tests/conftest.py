@@ -1,0 +1,20 @@
+"""Where the tests find CIFAR-10: in `TFDS_DATA_DIR`, else prepared beside this repository."""
+
+import os
+import pathlib
+
+import pytest
+
+from keras_vit import load_dataset
+
+PREPARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
+if PREPARED.is_dir():
+    os.environ.setdefault("TFDS_DATA_DIR", str(PREPARED))
+
+
+def cifar10_on_disk():
+    """CIFAR-10; a test that wants it is skipped rather than that it downloads 160 MB."""
+    folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    if not (pathlib.Path(folder).expanduser() / "cifar10").exists():
+        pytest.skip("CIFAR-10 is not on disk")
+    return load_dataset("cifar10")
