@@ -46,7 +46,7 @@ class Recipe:
 class Baseline(Recipe):
     """A small Vision Transformer, 3.2 million parameters, trained as tutorials do.
 
-    Its 160 epochs have not been run yet; 10 of them reached 62.5 %, one seed, on two CPU cores.
+    Its 160 epochs have not been run yet; 10 of them reached 69.9 %, one seed, on two CPU cores.
     AdamW at 3e-4, divided by ten after 100 and after 150 of 160 epochs; flip and mild crop.
     """
 
@@ -55,8 +55,7 @@ class Baseline(Recipe):
 class Digits(Recipe):
     """scikit-learn's 1,438 training digits, for where there is no other data.
 
-    96.4 % of the 359 test digits, one seed, in under five minutes on two CPU cores, another job
-    beside it.
+    98.6 % of the 359 test digits, one seed, in two and a half minutes on two CPU cores.
     They hold 8x8 pixels, so that patches of 8x8 out of 32x32 leave four of them in each token.
     """
 
