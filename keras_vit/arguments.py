@@ -1,4 +1,4 @@
-"""Checks of arguments that several layers share."""
+"""Checks of arguments that the layers and the model share."""
 
 import numbers
 

@@ -169,7 +169,8 @@ def run(named):
 
     for folder in (run_dir, figures_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "history.csv", "model.keras", "best.keras"):
+    # What an interrupted run saved as `model.keras` stays until this one has a model of its own.
+    for name in ("metrics.json", "best.keras"):
         (run_dir / name).unlink(missing_ok=True)
     settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
     del settings["overwrite"]  # A wish for this once, not for every repetition.

@@ -13,7 +13,7 @@ if PREPARED.is_dir():
 
 
 def cifar10_on_disk():
-    """CIFAR-10; a test that wants it is skipped rather than that it downloads 160 MB."""
+    """CIFAR-10; where it is not, the test is skipped instead of downloading 160 MB."""
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     if not (pathlib.Path(folder).expanduser() / "cifar10").exists():
         pytest.skip("CIFAR-10 is not on disk")

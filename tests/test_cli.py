@@ -225,6 +225,17 @@ def test_overwriting_removes_the_numbers_of_the_run_before(monkeypatch, tmp_path
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "model.keras"}
 
 
+def test_a_run_that_ends_at_once_leaves_the_model_of_an_interrupted_one(monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.keras").write_text("learned before")
+    monkeypatch.setattr(training, "fit", killed)
+    assert train("--dataset=digits", folder=tmp_path) == 130
+    assert (tmp_path / "run" / "model.keras").read_text() == "learned before"
+
+
 def test_pictures_that_cannot_be_written_do_not_cost_the_numbers(capsys, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
