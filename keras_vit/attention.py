@@ -95,8 +95,9 @@ class _Scores(keras.layers.Layer):
         self.attention = attention
 
     def call(self, inputs):
-        query, value = inputs
-        return self.attention(query, value, return_attention_scores=True)[1]
+        # The last block asks for the class token's scores alone; here every token asks.
+        _, tokens = inputs
+        return self.attention(tokens, tokens, return_attention_scores=True)[1]
 
 
 def _discard(attention, ratio):

@@ -5,7 +5,15 @@ import contextlib
 import keras
 
 from keras_vit.arguments import positive_integer
-from keras_vit.layers import ClassToken, Patches, PositionEmbedding, RandomResizedCrop
+from keras_vit.layers import (
+    ClassToken,
+    Dropout,
+    LayerNormalization,
+    MultiHeadAttention,
+    Patches,
+    PositionEmbedding,
+    RandomResizedCrop,
+)
 
 EPSILON = 1e-6
 
@@ -101,10 +109,13 @@ class VisionTransformer(keras.Model):
             x = dense(embed_dim, name="patch_embedding")(x)
             x = ClassToken(name="class_token")(x)
             x = PositionEmbedding(name="position_embedding")(x)
-            x = keras.layers.Dropout(dropout, name="dropout")(x)
+            x = Dropout(dropout, name="dropout")(x)
             for block in range(1, depth + 1):
-                x = transformer_block(x, mlp_dim, num_heads, dropout, name=f"block_{block}")
-            x = keras.layers.LayerNormalization(epsilon=EPSILON, name="norm")(x)
+                # The head reads the class token alone: the last block leaves out the others.
+                tokens = 1 if block == depth else None
+                name = f"block_{block}"
+                x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens)
+            x = LayerNormalization(epsilon=EPSILON, name="norm")(x)
             logits = dense(num_classes, dtype="float32", name="head")(x[:, 0])
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
@@ -168,7 +179,7 @@ def default_augmentation(image_shape, horizontal_flip=True):
     return [flip, crop] if horizontal_flip else [crop]
 
 
-def transformer_block(x, mlp_dim, num_heads, dropout, name):
+def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
     """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 
     Args:
@@ -177,26 +188,31 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name):
         num_heads: int, attention heads.
         dropout: float, rate of every dropout.
         name: string that starts the names of the block's layers.
+        tokens: int, how many tokens, from the first, the block computes; all by default. Each of
+            them attends to all `T` nevertheless.
 
     Returns:
-        Tokens `(B, T, D)`.
+        Tokens `(B, T, D)`, or `(B, tokens, D)`.
     """
     width = x.shape[-1]
-    normed = keras.layers.LayerNormalization(epsilon=EPSILON, name=f"{name}_attention_norm")(x)
-    attended = keras.layers.MultiHeadAttention(
+    normed = LayerNormalization(epsilon=EPSILON, name=f"{name}_attention_norm")(x)
+    queries = normed
+    if tokens is not None:
+        x, queries = x[:, :tokens], normed[:, :tokens]
+    attended = MultiHeadAttention(
         num_heads,
         width // num_heads,
         dropout=dropout,
         kernel_initializer=kernel_initializer(),
         name=f"{name}_attention",
-    )(normed, normed)
+    )(queries, normed)
     x = keras.layers.Add(name=f"{name}_attention_sum")([x, attended])
 
-    y = keras.layers.LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
+    y = LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
     y = dense(mlp_dim, activation="gelu", name=f"{name}_mlp_hidden")(y)
-    y = keras.layers.Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
+    y = Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
     y = dense(width, name=f"{name}_mlp_output")(y)
-    y = keras.layers.Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)
+    y = Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)
     return keras.layers.Add(name=f"{name}_mlp_sum")([x, y])
 
 

@@ -1,7 +1,18 @@
-"""Layers that Keras lacks and the Vision Transformer needs."""
+"""Layers that Keras lacks and the Vision Transformer needs, and faster ones under Keras's names."""
 
+from keras_vit.layers.attention import MultiHeadAttention
+from keras_vit.layers.dropout import Dropout
+from keras_vit.layers.normalization import LayerNormalization
 from keras_vit.layers.patches import Patches
 from keras_vit.layers.random_resized_crop import RandomResizedCrop
 from keras_vit.layers.tokens import ClassToken, PositionEmbedding
 
-__all__ = ["ClassToken", "Patches", "PositionEmbedding", "RandomResizedCrop"]
+__all__ = [
+    "ClassToken",
+    "Dropout",
+    "LayerNormalization",
+    "MultiHeadAttention",
+    "Patches",
+    "PositionEmbedding",
+    "RandomResizedCrop",
+]
