@@ -1,60 +1,126 @@
-"""How long a training step takes, with and without augmentation.
+"""A training step of ours beside those of PyTorch, KerasHub and stock Keras layers.
 
-`python -m benchmarks.train_step` measures on Keras's backend (`KERAS_BACKEND`), the contestants
-interleaved, and prints medians and ratios.
+`python -m benchmarks.train_step` measures float32, `--mixed-precision` bfloat16. Every contestant
+runs in a process of its own; they take turns, so that a drift of the machine meets all of them.
+Prints a table and writes it, with a picture, to `benchmarks/results/`.
 """
 
 import argparse
 import statistics
-import time
 
-import keras
-import numpy as np
+from benchmarks import contestants, side_by_side
 
-from keras_vit import VisionTransformer
-from keras_vit.recipes import Baseline
-from keras_vit.training import compile_model
+BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch-size", type=int, default=128, help="images in a step")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each contestant")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of each contestant")
+    parser.add_argument("--mixed-precision", action="store_true", help="bfloat16")
+    parser.add_argument("--compiled", action="store_true", help="torch.compile, too: needs g++")
     options = parser.parse_args()
+    if options.batch_size < 1 or options.rounds < 2:
+        parser.error("--batch-size must be at least 1, --rounds at least 2")
 
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (options.batch_size, 32, 32, 3), dtype="uint8")
-    labels = random.integers(0, 10, options.batch_size)
-    contestants = {"augmentation": None, "no augmentation": []}
-    models = {name: _compiled(layers) for name, layers in contestants.items()}
-    seconds = {name: [] for name in models}
-    for round_number in range(options.rounds + 3):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.train_on_batch(images, labels)
-            if round_number >= 3:  # The first rounds compile and warm up.
-                seconds[name].append(time.perf_counter() - start)
+    dtype = "mixed_bfloat16" if options.mixed_precision else "float32"
+    entries = chosen(options.batch_size, dtype, options.compiled)
+    results = side_by_side.measure(entries, options.rounds)
+    product = results.pop("matrix product", {"error": "no PyTorch"})
+    rows = table(results, product, options.batch_size)
+    print("\n".join(rows))
+    packages = ("keras", "keras-hub", *BACKENDS)
+    content = {
+        "command": "python -m benchmarks.train_step"
+        + (" --mixed-precision" if options.mixed_precision else ""),
+        **side_by_side.machine(),
+        "packages": {name: version for name in packages if (version := side_by_side.version(name))},
+        "dtype": dtype,
+        "batch_size": options.batch_size,
+        "operations_per_image": contestants.operations_per_image(),
+        "matrix_product": product,
+        "contestants": results,
+        "table": rows,
+    }
+    name = f"train_step_{dtype}"
+    path = side_by_side.write(name, content)
+    draw(results, options.batch_size, dtype, path.with_suffix(".png"))
+    print(f"\nWritten to {path} and {path.with_suffix('.png')}")
 
-    print(f"{keras.backend.backend()}, batch {options.batch_size}, {options.rounds} rounds")
-    print(f"{'contestant':16}  ms per step  quartiles      images/s")
-    for name, times in seconds.items():
-        low, middle, high = statistics.quantiles(times, n=4)
-        speed = options.batch_size / middle
-        print(
-            f"{name:16}  {1e3 * middle:11.1f}  {1e3 * low:.0f} to {1e3 * high:.0f}  {speed:10.1f}"
+
+def chosen(size, dtype, compiled):
+    """The contestants whose packages are installed, ours first."""
+
+    def on(backend):
+        return {"KERAS_BACKEND": backend}
+
+    entries = {}
+    for backend in BACKENDS:
+        if side_by_side.version(backend):
+            entries[f"ours, {backend}"] = (contestants.ours, (size, dtype), on(backend))
+    tensorflow = on("tensorflow")
+    plain = contestants.ours, (size, dtype, []), tensorflow
+    entries["ours, no augmentation"] = plain
+    stock = {"stock Keras": contestants.stock_keras}
+    if side_by_side.version("keras-hub"):
+        stock["KerasHub"] = contestants.keras_hub
+    for title, make in stock.items():
+        entries[title] = (make, (size, dtype, "auto"), tensorflow)
+        entries[f"{title}, XLA off"] = (make, (size, dtype, False), tensorflow)
+    if side_by_side.version("torch"):
+        entries["PyTorch module"] = (contestants.pytorch, (size, dtype, "module"), {})
+        entries["PyTorch SDPA"] = (contestants.pytorch, (size, dtype, "sdpa"), {})
+        if compiled:
+            arguments = (size, dtype, "sdpa", True)
+            entries["PyTorch SDPA, compiled"] = (contestants.pytorch, arguments, {})
+        entries["matrix product"] = (contestants.matrix_product, (dtype,), {})
+    return entries
+
+
+def table(results, product, batch_size):
+    """Lines of text: what each contestant reached, and ours on TensorFlow against it."""
+    first = next(iter(results))
+    peak = None
+    if "error" not in product:
+        peak = 8 * 2 * contestants.PRODUCT**3 / statistics.median(product["seconds"])
+    head = "contestant", "ms", "images/s", "MiB", "of matrix product", f"{first} is faster by"
+    rows = ["{:24} {:>6} {:>9} {:>6} {:>18}  {}".format(*head)]
+    for name, result in results.items():
+        if "error" in result:
+            rows.append(f"{name:24} {result['error']}")
+            continue
+        seconds = statistics.median(result["seconds"])
+        speed = batch_size / seconds
+        share = f"{speed * contestants.operations_per_image() / peak:.0%}" if peak else "-"
+        times = side_by_side.ratio(results, first, name)
+        low, high = times["quartiles"]
+        rows.append(
+            f"{name:24} {1e3 * seconds:6.0f} {speed:9.1f} {result['peak_mib']:6.0f} {share:>18}  "
+            f"{times['median']:.2f} ({low:.2f} to {high:.2f})"
         )
-    ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    print(
-        f"augmentation: {middle - 1:+.1%} of a step (quartiles {low - 1:+.1%} to {high - 1:+.1%})"
-    )
+    return rows
 
 
-def _compiled(augmentation):
-    keras.utils.set_random_seed(0)
-    model = VisionTransformer(augmentation=augmentation)
-    compile_model(model, Baseline())
-    return model
+def draw(results, batch_size, dtype, path):
+    """Draws images/s of each contestant as a bar, the fastest on top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    speeds = {
+        name: batch_size / statistics.median(result["seconds"])
+        for name, result in results.items()
+        if "error" not in result
+    }
+    names = sorted(speeds, key=speeds.get)
+    figure, axes = pyplot.subplots(figsize=(8, 0.36 * len(names) + 1.1), layout="constrained")
+    colors = ["tab:orange" if name.startswith("ours") else "tab:gray" for name in names]
+    bars = axes.barh(names, [speeds[name] for name in names], color=colors)
+    axes.bar_label(bars, fmt="%.0f", padding=3)
+    axes.set(xlabel="training images per second", title=f"{dtype}, batch {batch_size}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
