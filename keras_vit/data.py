@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import logging
 import math
+import pathlib
+import zipfile
 
 import keras
 import numpy as np
@@ -25,6 +27,11 @@ NOT_MIRRORED = {
 TEST_SHARE, TEST_SEED = 0.2, 0
 # Side that images are resized to where those of a set differ in size or are larger than LARGEST.
 RESIZED_SIDE, LARGEST = 64, 128
+
+# Largest set of images that is kept on a GPU whole.
+RESIDENT_BYTES = 4 * 2**30
+# What Keras's own data sets name their arrays.
+NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
 
 
 class DatasetError(RuntimeError):
@@ -110,7 +117,31 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._take(chosen)
+
+    def _take(self, chosen):
         return self.images[chosen], self.labels[chosen]
+
+
+class DeviceBatches(Batches):
+    """`Batches` for JAX, cut out of images that lie on the device.
+
+    Only the numbers of the images travel to the device, which saves most of what the host does
+    for a step. A set of more than `RESIDENT_BYTES` stays with the host.
+    """
+
+    def __init__(self, images, labels, batch_size, seed):
+        import jax
+
+        if images.nbytes <= RESIDENT_BYTES:
+            images, labels = jax.device_put((images, labels.astype("int32")))
+            self._cut = jax.jit(lambda images, labels, chosen: (images[chosen], labels[chosen]))
+        super().__init__(images, labels, batch_size, seed)
+
+    def _take(self, chosen):
+        if isinstance(self.images, np.ndarray):
+            return super()._take(chosen)
+        return self._cut(self.images, self.labels, chosen)
 
 
 def load_dataset(source="cifar10", data_dir=None):
@@ -118,9 +149,11 @@ def load_dataset(source="cifar10", data_dir=None):
 
     Args:
         source: string, `"digits"` for the 1,797 scanned digits that
-            scikit-learn carries, enlarged from 8x8 to 32x32 RGB, or the name
-            of any image classification set of TensorFlow Datasets, such as
-            `"cifar10"`. Images of different sizes, or with a side of over
+            scikit-learn carries, enlarged from 8x8 to 32x32 RGB; a file
+            `*.npz` with Keras's arrays `x_train`, `y_train`, `x_test` and
+            `y_test`, and `class_names` if it has them; or the name of any
+            image classification set of TensorFlow Datasets, such as
+            `"cifar10"`, whose images of different sizes, or with a side of over
             128 pixels, are resized to 64x64. A set without a labelled test or
             validation split gives up a fifth of its images for one.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
@@ -133,7 +166,9 @@ def load_dataset(source="cifar10", data_dir=None):
         DatasetError: if the set is unknown, if it is neither on disk nor can
             be downloaded, or if it is not for image classification.
     """
-    return _load_digits() if source == "digits" else _load_tfds(source, data_dir)
+    if source == "digits":
+        return _load_digits()
+    return _load_npz(source) if source.endswith(".npz") else _load_tfds(source, data_dir)
 
 
 def stratified_split(labels, count, seed):
@@ -157,6 +192,51 @@ def _load_digits():
     images = np.repeat(images[..., None], 3, axis=-1)
     names = [str(name) for name in digits.target_names]
     return _split("digits", images, digits.target, names, horizontal_flip=False)
+
+
+def _load_npz(source):
+    path = pathlib.Path(source)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[name] for name in NPZ_ARRAYS]
+            names = [str(name) for name in file["class_names"]] if "class_names" in file else None
+    except OSError as error:
+        raise DatasetError(f"{source} cannot be read: {error.strerror or error}") from error
+    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        wanted = ", ".join(NPZ_ARRAYS)
+        raise DatasetError(f"{source} does not hold {wanted} ({_first_line(error)})") from error
+    splits = [_checked(source, *pair) for pair in (arrays[:2], arrays[2:])]
+    (train_images, train_labels), (test_images, test_labels) = splits
+    if train_images.shape[1:] != test_images.shape[1:]:
+        shapes = f"{train_images.shape[1:]} and {test_images.shape[1:]}"
+        raise DatasetError(f"{source} has training and test images of different shapes: {shapes}")
+    classes = int(train_labels.max()) + 1
+    names = names or [str(label) for label in range(classes)]
+    if not 2 <= classes <= len(names) or test_labels.max() >= len(names):
+        raise DatasetError(
+            f"{source} has training labels up to {classes - 1} and test labels up to "
+            f"{test_labels.max()}, expected them to name two or more of {len(names)} classes"
+        )
+    mirror = path.stem not in NOT_MIRRORED
+    return Dataset(path.stem, train_images, train_labels, test_images, test_labels, names, mirror)
+
+
+def _checked(source, images, labels):
+    """Images and labels of a file as a `Dataset` holds them."""
+    images = images[..., None] if images.ndim == 3 else images
+    labels = labels.reshape(-1) if labels.shape == (len(labels), 1) else labels
+    if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
+        raise DatasetError(
+            f"{source} has images of shape {images.shape} and type {images.dtype}, expected "
+            "(count, height, width, channels) and uint8"
+        )
+    whole = np.issubdtype(labels.dtype, np.integer) and labels.shape == images.shape[:1]
+    if not whole or labels.min() < 0:
+        raise DatasetError(
+            f"{source} has labels of shape {labels.shape} and type {labels.dtype}, expected a "
+            f"whole number of at least 0 for each of {len(images)} images"
+        )
+    return images, labels.astype("int64")
 
 
 def _load_tfds(source, data_dir):

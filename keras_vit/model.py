@@ -5,6 +5,7 @@ import contextlib
 import keras
 
 from keras_vit.arguments import positive_integer
+from keras_vit.execution import can_scan, scanned_train_function
 from keras_vit.layers import (
     ClassToken,
     Dropout,
@@ -134,6 +135,13 @@ class VisionTransformer(keras.Model):
             images: array `(B, H, W, C)` of raw pixels.
         """
         self.get_layer("normalization").adapt(images)
+
+    def make_train_function(self, force=False):
+        """Keras's function of a training step; called by `fit`."""
+        is_new = force or self.train_function is None
+        super().make_train_function(force)
+        if is_new and can_scan(self):
+            self.train_function = scanned_train_function(self)
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]

@@ -1,10 +1,13 @@
+import keras
 import numpy as np
 import pytest
 from conftest import cifar10_on_disk
 from sklearn.datasets import load_digits
 
 from keras_vit import load_dataset
-from keras_vit.data import RESIZED_SIDE, Batches, Dataset, DatasetError
+from keras_vit.data import RESIZED_SIDE, Batches, Dataset, DatasetError, DeviceBatches
+
+on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +217,80 @@ def test_a_split_needs_every_class_on_either_side(count):
 def test_no_more_images_can_be_held_out_than_there_are():
     with pytest.raises(ValueError, match="numbered has 100 training images.*hold out 5000 of"):
         numbered().hold_out(5000, seed=0)
+
+
+def arrays(**changes):
+    """What an `.npz` file of small images holds."""
+    images, labels = np.arange(6 * 48, dtype="uint8").reshape(6, 4, 4, 3), np.arange(6) % 3
+    whole = {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3]}
+    return {name: array for name, array in {**whole, **changes}.items() if array is not None}
+
+
+def test_a_file_in_keras_s_layout_is_read_as_it_is(tmp_path):
+    names = np.array(["żaba", "kot", "pies"])
+    np.savez(tmp_path / "animals.npz", **arrays(class_names=names))
+    data = load_dataset(str(tmp_path / "animals.npz"))
+    expected = arrays()
+    assert np.array_equal(data.train_images, expected["x_train"])
+    assert np.array_equal(data.test_labels, expected["y_test"])
+    assert (data.name, data.class_names) == ("animals", list(names))
+    assert data.horizontal_flip
+
+
+def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_path):
+    images, labels = np.zeros((4, 28, 28), "uint8"), np.array([[0], [1], [0], [1]], "uint8")
+    content = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez_compressed(tmp_path / "mnist.npz", **content)
+    data = load_dataset(str(tmp_path / "mnist.npz"))
+    assert data.train_images.shape == (4, 28, 28, 1)
+    assert (data.train_labels.shape, data.train_labels.dtype) == ((4,), "int64")
+    assert data.class_names == ["0", "1"]
+    assert not data.horizontal_flip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "y_test"),
+        ({"x_train": arrays()["x_train"].astype("float32")}, "float32"),
+        ({"x_train": np.zeros((6, 48), "uint8")}, r"\(6, 48\)"),
+        ({"x_test": np.zeros((3, 5, 4, 3), "uint8")}, "different shapes"),
+        ({"y_train": np.arange(5)}, "whole number"),
+        ({"y_train": np.full(6, -1)}, "whole number"),
+        ({"y_train": np.zeros(6)}, "float64"),
+        ({"y_train": np.zeros(6, int)}, "two or more"),
+        ({"y_test": np.array([0, 1, 7])}, "up to 7"),
+        ({"class_names": np.array(["one", "two"])}, "2 classes"),
+        ({"y_train": np.array([None] * 6)}, "does not hold"),
+    ],
+)
+def test_a_file_with_other_arrays_is_refused(changes, message, tmp_path):
+    np.savez(tmp_path / "data.npz", **arrays(**changes))
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(str(tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04broken"])
+def test_what_is_no_archive_is_refused(content, tmp_path):
+    path = tmp_path / "data.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"data\.npz"):
+        load_dataset(str(path))
+
+
+@on_jax
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["on the host", "on the device"])
+def test_batches_cut_on_the_device_are_those_of_the_host(limit, monkeypatch):
+    monkeypatch.setattr("keras_vit.data.RESIDENT_BYTES", limit)
+    data = numbered()
+    pair = [
+        kind(data.train_images, data.train_labels, batch_size=16, seed=3)
+        for kind in (Batches, DeviceBatches)
+    ]
+    for batches in pair:
+        batches.start_epoch(2)
+    assert isinstance(pair[1].images, np.ndarray) == (limit == 0)
+    for index in range(pair[0].num_batches):
+        for ours, theirs in zip(pair[1][index], pair[0][index], strict=True):
+            assert np.array_equal(ours, theirs)

@@ -79,6 +79,28 @@ def test_training_learns_and_leaves_its_history(tmp_path):
     assert np.mean(predicted == labels) == pytest.approx(max(history["val_accuracy"]))
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
+@pytest.mark.parametrize("at_once", [4, 100], ids=["some steps", "an epoch"])
+def test_steps_run_as_one_program_learn_what_single_ones_learn(at_once, monkeypatch):
+    """With a GPU, JAX gets batches from the device, several of them at a time."""
+    results = []
+    for accelerated in (False, True):
+        monkeypatch.setattr(training, "on_jax_accelerator", lambda value=accelerated: value)
+        monkeypatch.setattr(training, "STEPS_AT_ONCE", at_once)
+        model = small_model(colours(90))
+        history, _ = fit(model, colours(90), small_recipe(epochs=3), seed=1)
+        del history["seconds"]
+        results.append((history, model.get_weights(), int(model.optimizer.iterations)))
+        assert model.steps_per_execution == (at_once if accelerated else 1)
+    (history, weights, count), (expected, expected_weights, expected_count) = results
+    assert count == expected_count == 3 * 6
+    assert history.keys() == expected.keys()
+    for key, values in expected.items():
+        assert history[key] == pytest.approx(values, rel=1e-5)
+    for ours, theirs in zip(weights, expected_weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
 def test_the_same_seed_trains_the_same_model():
     weights = []
     for _ in range(2):
