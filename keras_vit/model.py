@@ -14,6 +14,7 @@ from keras_vit.layers import (
     Patches,
     PositionEmbedding,
     RandomResizedCrop,
+    gelu,
 )
 
 EPSILON = 1e-6
@@ -217,7 +218,7 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
     x = keras.layers.Add(name=f"{name}_attention_sum")([x, attended])
 
     y = LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
-    y = dense(mlp_dim, activation="gelu", name=f"{name}_mlp_hidden")(y)
+    y = dense(mlp_dim, activation=gelu, name=f"{name}_mlp_hidden")(y)
     y = Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
     y = dense(width, name=f"{name}_mlp_output")(y)
     y = Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)

@@ -4,8 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from scipy import stats
 
-from keras_vit.layers import Dropout, LayerNormalization, MultiHeadAttention
+from keras_vit.layers import Dropout, LayerNormalization, MultiHeadAttention, gelu
+from keras_vit.layers.dropout import hashed
+
+hashes_alone = pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="PyTorch's own dropout is used there"
+)
 
 
 def normal(seed, *shape):
@@ -84,7 +90,7 @@ def test_attention_survives_quantization_to_int8():
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9, 1e-7, 0.0])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate):
-    ones = np.ones((501, 401), "float32")  # An odd count: bits come in pairs.
+    ones = np.ones((501, 401), "float32")
     kept = ops.convert_to_numpy(Dropout(rate, seed=1)(ones, training=True))
     deviation = (rate * (1 - rate) / ones.size) ** 0.5
     assert np.mean(kept == 0) == pytest.approx(rate, abs=5 * deviation + 1e-5)
@@ -106,6 +112,52 @@ def test_dropout_draws_every_element_for_itself():
     for axis in (0, 1):
         neighbours = np.corrcoef(kept.ravel(), np.roll(kept, 1, axis).ravel())[0, 1]
         assert abs(neighbours) < 5 / 400
+
+
+@hashes_alone
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [((3, 8), (3, 9)), ((3, 8), (4, 8)), ((3, 8), (8, 3)), ((0, 0), (0, 1))],
+    ids=["next step", "next layer", "swapped words", "zeros"],
+)
+def test_dropout_of_other_seeds_is_independent(first, second):
+    count = 2**16
+    seeds = (ops.convert_to_tensor(np.array(words, "uint32")) for words in (first, second))
+    pair = [ops.convert_to_numpy(hashed(count, seed)) / 2**32 for seed in seeds]
+    for uniform in pair:
+        assert stats.kstest(uniform, "uniform").pvalue > 1e-4
+    # Whether both drop together, at a rate that a network would use.
+    table = np.histogram2d(*(uniform < 0.2 for uniform in pair), bins=2)[0]
+    assert stats.chi2_contingency(table).pvalue > 1e-4
+    assert abs(np.corrcoef(*pair)[0, 1]) < 5 / count**0.5
+
+
+@hashes_alone
+def test_each_bit_of_dropout_s_numbers_is_fair_and_follows_no_other():
+    numbers = ops.convert_to_numpy(hashed(2**16, ops.convert_to_tensor(np.array([1, 2], "uint32"))))
+    bits = np.unpackbits(numbers.view("uint8")).reshape(-1, 32)
+    deviation = 0.5 / 2**8
+    assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * deviation
+    between = np.corrcoef(bits, rowvar=False) - np.eye(32)
+    assert np.abs(between).max() < 5 / 2**8
+    for distance in (1, 2, 65, 256):
+        along = (bits[distance:] ^ bits[:-distance]).mean(axis=0)
+        assert np.abs(along - 0.5).max() < 5 * deviation
+
+
+def test_gelu_is_x_times_the_normal_distribution_and_learns_its_derivative():
+    x = np.linspace(-6, 6, 241).astype("float32")
+    expected = x * stats.norm.cdf(x)
+    np.testing.assert_allclose(ops.convert_to_numpy(gelu(ops.array(x))), expected, atol=1e-6)
+
+    inputs = keras.Input((len(x),))
+    shift = keras.layers.EinsumDense("bd,d->bd", (len(x),), kernel_initializer="ones")
+    model = keras.Model(inputs, keras.layers.Activation(gelu)(shift(inputs)))
+    model.compile(keras.optimizers.SGD(1.0), loss=lambda _, y: ops.sum(y))
+    model.train_on_batch(x[None], x[None])
+    slope = (1 - shift.get_weights()[0])[x != 0] / x[x != 0]  # The kernel multiplies x.
+    derivative = stats.norm.cdf(x) + x * stats.norm.pdf(x)
+    np.testing.assert_allclose(slope, derivative[x != 0], atol=1e-4)
 
 
 def test_no_gradient_flows_through_what_dropout_dropped():

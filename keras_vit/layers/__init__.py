@@ -1,5 +1,6 @@
 """Layers that Keras lacks and the Vision Transformer needs, and faster ones under Keras's names."""
 
+from keras_vit.layers.activations import gelu
 from keras_vit.layers.attention import MultiHeadAttention
 from keras_vit.layers.dropout import Dropout
 from keras_vit.layers.normalization import LayerNormalization
@@ -15,4 +16,5 @@ __all__ = [
     "Patches",
     "PositionEmbedding",
     "RandomResizedCrop",
+    "gelu",
 ]

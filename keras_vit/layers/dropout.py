@@ -1,19 +1,26 @@
-"""Dropout from half as many random bits."""
+"""Dropout whose random numbers are cheaper than the multiplication by them."""
+
+import functools
+import math
 
 import keras
 from keras import ops
 
-LEVELS = 2**16
+LEVELS = 2**32
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class Dropout(keras.layers.Dropout):
-    """`keras.layers.Dropout` that spends 16 random bits on a number instead of 32.
+    """`keras.layers.Dropout` whose random numbers are a hash of their position.
 
-    The rate is rounded to a multiple of 1/65,536, and what stays is scaled by
-    the rounded rate. On JAX the bits come from the device's own generator
-    (`"rbg"`), which is several times as fast as the default one. On PyTorch,
-    and with a `noise_shape`, Keras's own dropout is used.
+    A generator writes its numbers to memory, and the mask that they make is
+    kept for the gradient. A hash of seed and position needs neither: XLA
+    computes it inside the loop that applies it, and the gradient computes it
+    once more. This holds on TensorFlow, where only the hash is compiled, and
+    on JAX. On PyTorch, and with a `noise_shape`, Keras's own dropout is used.
+
+    Position and seed are mixed by MurmurHash3's finalizer (Appleby, 2011).
+    The rate is rounded to a multiple of `2**-32`.
 
     Input and output shapes, arguments and errors are those of
     `keras.layers.Dropout`.
@@ -27,47 +34,56 @@ class Dropout(keras.layers.Dropout):
 
     def call(self, inputs, training=False):
         dropped = round(self.rate * LEVELS)
-        draw = DRAWS.get(keras.backend.backend())
-        if not training or not 0 < dropped < LEVELS or draw is None or self.noise_shape:
+        apply = APPLIERS.get(keras.backend.backend())
+        if not training or not 0 < dropped < LEVELS or apply is None or self.noise_shape:
             return super().call(inputs, training=training)
-        bits = draw(inputs, self.seed_generator.next())
-        keep = bits >= ops.cast(dropped, bits.dtype)
-        return _scale_kept(inputs, keep, LEVELS / (LEVELS - dropped))
+        seed = ops.cast(self.seed_generator.next(), "uint32")
+        return apply(inputs, seed, dropped)
 
 
-def _draw_on_tensorflow(like, seed):
-    """Uniform uint16 noise in the shape of a tensor; `seed` is a pair of integers."""
+def hashed(count, seed):
+    """Uniform uint32 numbers `(count,)` out of a seed of two uint32 words."""
+    # Seeds of neighbouring steps differ by one: mixed, they differ in half of their bits.
+    key = _mixed(_mixed(seed[0]) + seed[1])
+    x = ops.cast(ops.arange(count, dtype="int32"), "uint32")
+    return _mixed(x * _word(0x9E3779B9) + key, between=_mixed(key))
+
+
+def _mixed(x, between=None):
+    """The finalizer of MurmurHash3, with something added between its multiplications."""
+    x = _folded(x, 16) * _word(0x85EBCA6B)
+    if between is not None:
+        x = x + between
+    return _folded(_folded(x, 13) * _word(0xC2B2AE35), 16)
+
+
+def _folded(x, bits):
+    return ops.bitwise_xor(x, ops.right_shift(x, _word(bits)))
+
+
+def _word(number):
+    return ops.convert_to_tensor(number, "uint32")
+
+
+def _drop(inputs, seed, dropped):
+    """`inputs` with the share `dropped / LEVELS` set to zero, the rest scaled to the same mean."""
+    noise = ops.reshape(hashed(math.prod(ops.shape(inputs)), seed), ops.shape(inputs))
+    scaled = inputs * ops.cast(LEVELS / (LEVELS - dropped), inputs.dtype)
+    return ops.where(noise >= _word(dropped), scaled, ops.zeros_like(inputs))
+
+
+def _drop_on_tensorflow(inputs, seed, dropped):
+    compiled = _compiled(dropped)
+    return ops.custom_gradient(
+        lambda x: (compiled(x, seed), lambda upstream: compiled(upstream, seed))
+    )(inputs)
+
+
+@functools.cache
+def _compiled(dropped):
     import tensorflow as tf
 
-    size = tf.size(like)
-    pairs = tf.random.stateless_uniform(
-        [(size + 1) // 2], tf.cast(seed, "int32"), minval=None, maxval=None, dtype="int32"
-    )
-    return tf.reshape(tf.reshape(tf.bitcast(pairs, "uint16"), [-1])[:size], tf.shape(like))
+    return tf.function(functools.partial(_drop, dropped=dropped), jit_compile=True)
 
 
-def _draw_on_jax(like, seed):
-    """Uniform uint16 noise in the shape of a tensor; `seed` is a pair of integers."""
-    import jax
-
-    words = ops.cast(seed, "uint32")
-    key = jax.random.wrap_key_data(ops.concatenate([words, words]), impl="rbg")
-    return jax.random.bits(key, like.shape, "uint16")
-
-
-DRAWS = {"tensorflow": _draw_on_tensorflow, "jax": _draw_on_jax}
-
-
-def _scale_kept(inputs, keep, scale):
-    """`inputs * scale` where `keep`, zero elsewhere; only `keep` is held for the gradient."""
-    if keras.backend.backend() == "jax":
-        return ops.where(keep, inputs * ops.cast(scale, inputs.dtype), 0)
-
-    @ops.custom_gradient
-    def masked(inputs):
-        def apply(tensor):
-            return tensor * ops.cast(keep, tensor.dtype) * ops.cast(scale, tensor.dtype)
-
-        return apply(inputs), apply
-
-    return masked(inputs)
+APPLIERS = {"tensorflow": _drop_on_tensorflow, "jax": _drop}
