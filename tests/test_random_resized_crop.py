@@ -2,6 +2,7 @@
 
 import json
 import math
+from unittest import mock
 
 import keras
 import numpy as np
@@ -521,12 +522,109 @@ def test_a_pipeline_crops_images_of_different_sizes():
     np.testing.assert_allclose(results[0].numpy(), np.full((3, 16, 16, 3), 7), rtol=1e-6)
 
 
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_a_pipeline_interpolates_between_the_pixels_of_its_box(data_format):
+    tf = pytest.importorskip("tensorflow")
+    sizes = [(12, 17), (20, 9), (6, 6)]
+
+    def images():
+        for height, width in sizes:
+            rows_and_columns = np.mgrid[:height, :width].astype("uint8")
+            last = data_format == "channels_last"
+            yield np.moveaxis(rows_and_columns, 0, -1) if last else rows_and_columns
+
+    dataset = tf.data.Dataset.from_generator(
+        images, output_signature=tf.TensorSpec((None, None, None), tf.uint8)
+    )
+    layer = RandomResizedCrop(25, 30, WIDE, seed=40, data_format=data_format)
+    for size, result in zip(sizes, dataset.map(lambda x: layer(x, training=True)), strict=True):
+        channel_axis = -1 if data_format == "channels_last" else 0
+        rows, columns = np.moveaxis(result.numpy(), channel_axis, 0)
+        for values, target, side in [(rows, 25, size[0]), (columns.T, 30, size[1])]:
+            # A box that grows shows its first and its last pixel unmixed.
+            first, last = values[0, 0], values[-1, 0]
+            assert 0 <= first == round(first) and last == round(last) < side
+            centers = first - 0.5 + (np.arange(target) + 0.5) * (last - first + 1) / target
+            expected = np.clip(centers, first, last)
+            np.testing.assert_allclose(values, np.tile(expected, (values.shape[1], 1)).T, atol=1e-4)
+
+
 def pipeline(tf, images, known_size, batch_size):
     shape = images.shape[1:] if known_size else (None, None, images.shape[-1])
     dataset = tf.data.Dataset.from_generator(
         lambda: iter(images), output_signature=tf.TensorSpec(shape, tf.float32)
     )
     return dataset if batch_size is None else dataset.batch(batch_size)
+
+
+# Image by image on TensorFlow's CPU
+
+only_tensorflow_on_cpu = pytest.mark.skipif(
+    BACKEND != "tensorflow" or keras.distribution.list_devices("gpu") != [],
+    reason="JAX, PyTorch and GPUs multiply matrices.",
+)
+
+
+@only_tensorflow_on_cpu
+@pytest.mark.parametrize("size", [(8, 8), (32, 64), (32, 8)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+@pytest.mark.parametrize("data_format", ["channels_last", "channels_first"])
+def test_crops_and_gradients_are_the_same_with_and_without_xla(size, interpolation, data_format):
+    import tensorflow as tf
+
+    # No centre of these sizes lies on a border, where either pixel would be the nearest.
+    boxes = random_boxes(np.random.default_rng(41), 6, 14, 15).T.astype("float32")
+    images, weights = pixels(42, 6, 14, 15, 2), pixels(43, 6, *size, 2) / 255
+    if data_format == "channels_first":
+        images, weights = (np.moveaxis(x, -1, 1) for x in (images, weights))
+    layer = RandomResizedCrop(*size, interpolation=interpolation, data_format=data_format)
+
+    def crops_and_gradient(images):
+        with tf.GradientTape() as tape:
+            tape.watch(images)
+            crops = layer.transform_images(images, tf.unstack(tf.constant(boxes)))
+            loss = tf.reduce_sum(crops * weights)
+        return crops, tape.gradient(loss, images)
+
+    mapped, compiled = (tf.function(crops_and_gradient, jit_compile=jit) for jit in (False, True))
+    assert maps_over_images(mapped, images) and not maps_over_images(compiled, images)
+    for ours, theirs in zip(mapped(images), compiled(images), strict=True):
+        np.testing.assert_allclose(ours.numpy(), theirs.numpy(), atol=1e-3)
+
+
+def maps_over_images(function, images):
+    operations = function.get_concrete_function(images).graph.get_operations()
+    return "MapDefun" in {operation.type for operation in operations}
+
+
+@only_tensorflow_on_cpu
+def test_crops_of_bytes_are_those_of_floats_when_the_size_of_the_images_is_unknown():
+    import tensorflow as tf
+
+    images = pixels(44, 4, 20, 28, 3).astype("uint8")
+    boxes = list(random_boxes(np.random.default_rng(45), 4, 20, 28).T.astype("float32"))
+    layer = RandomResizedCrop(12, 40)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, None, None), tf.uint8)])
+    def crops(images):
+        return layer.transform_images(images, boxes)
+
+    from_floats = layer.transform_images(tf.constant(images, tf.float32), boxes)
+    np.testing.assert_allclose(crops(images).numpy(), from_floats.numpy(), atol=1e-4)
+
+
+@only_tensorflow_on_cpu
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_keras_model_crops_image_by_image_unless_xla_compiles_it(jit_compile):
+    layers = [keras.Input((9, 9, 1)), RandomResizedCrop(6, 7), keras.layers.Dense(1)]
+    model = keras.Sequential(layers)
+    model.compile(loss="mse", jit_compile=jit_compile)
+    map_images = mock.patch.object(
+        RandomResizedCrop, "_map", autospec=True, side_effect=RandomResizedCrop._map
+    )
+    with map_images as mapped:
+        model.train_on_batch(np.zeros((2, 9, 9, 1)), np.zeros((2, 6, 7, 1)))
+    assert mapped.called is not jit_compile
 
 
 # Configuration

@@ -1,5 +1,6 @@
 """Random crops resized to one size: the augmentation that image classifiers lean on most."""
 
+import functools
 import math
 
 import keras
@@ -23,9 +24,9 @@ class RandomResizedCrop(keras.layers.RandomCrop):
 
     The box is resampled with half-pixel centres and never reads a pixel
     outside itself. Bilinear interpolation is antialiased when it shrinks, as
-    Pillow's is. Resampling is separable and linear, so a batch is resized by
-    two products with small matrices: this compiles under XLA, keeps its speed
-    on every device and has a gradient.
+    Pillow's is. On a CPU, TensorFlow cuts out and resizes image by image.
+    Elsewhere and under XLA a batch is resized by two products with small
+    matrices, as resampling is separable and linear. Both have a gradient.
 
     With `training=False` the whole image is resized; images that have the
     target size already pass unchanged.
@@ -110,31 +111,28 @@ class RandomResizedCrop(keras.layers.RandomCrop):
             seed = self._get_seed_generator(self.backend.name)
         draws = self.backend.random.uniform((batch_size, 2 * ATTEMPTS + 2), seed=seed)
         area_draws, ratio_draws = draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2]
-        top_draw, left_draw = draws[:, -2], draws[:, -1]
 
         np = self.backend.numpy
-        area = image_height * image_width * _between(*self.scale, area_draws)
-        ratio = np.exp(_between(math.log(self.ratio[0]), math.log(self.ratio[1]), ratio_draws))
-        heights, widths = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
+        side = np.sqrt(image_height * image_width * _between(*self.scale, area_draws))
+        low, high = (math.log(ratio) / 2 for ratio in self.ratio)
+        slant = np.exp(_between(low, high, ratio_draws))
+        sizes = np.round(np.stack([side / slant, side * slant], axis=2))
 
         # The central box always fits, so as the last candidate it is taken only if no draw fits.
-        central_height = np.clip(np.round(image_width / self.ratio[0]), 1, image_height)
-        central_width = np.clip(np.round(image_height * self.ratio[1]), 1, image_width)
-        last = np.zeros_like(heights[:, :1])
-        heights = np.concatenate([heights, last + central_height], axis=1)
-        widths = np.concatenate([widths, last + central_width], axis=1)
-        fits = (heights >= 1) & (widths >= 1) & (heights <= image_height) & (widths <= image_width)
+        image_size = np.stack([image_height, image_width])
+        central = np.stack([image_width / self.ratio[0], image_height * self.ratio[1]])
+        central = np.clip(np.round(central), 1, image_size)
+        sizes = np.concatenate([sizes, np.zeros_like(sizes[:, :1]) + central], axis=1)
+        fits = np.all((sizes >= 1) & (sizes <= image_size), axis=2)
         index = np.argmax(self.backend.cast(fits, "int32"), axis=1)
         chosen = self.backend.nn.one_hot(index, ATTEMPTS + 1, dtype="float32")
-        height, width = np.sum(heights * chosen, axis=1), np.sum(widths * chosen, axis=1)
+        size = np.sum(sizes * chosen[:, :, None], axis=1)
 
-        is_central = index == ATTEMPTS
-        return (
-            _position(np, top_draw, image_height - height, is_central),
-            _position(np, left_draw, image_width - width, is_central),
-            height,
-            width,
-        )
+        room = image_size - size
+        # A draw just below one can round up to `room + 1`.
+        anywhere = np.minimum(np.floor(draws[:, -2:] * (room + 1)), room)
+        start = np.where(index[:, None] == ATTEMPTS, np.floor(room / 2), anywhere)
+        return start[:, 0], start[:, 1], size[:, 0], size[:, 1]
 
     def transform_images(self, images, transformation, training=True):
         return self._resample(images, transformation, self.interpolation)
@@ -165,21 +163,71 @@ class RandomResizedCrop(keras.layers.RandomCrop):
 
     def _resample(self, images, boxes, interpolation):
         """Resizes the boxes of a batch of images, or whole images where `boxes` is None."""
-        np = self.backend.numpy
-        shape = self.backend.shape(images)
-        image_height, image_width = shape[self.height_axis], shape[self.width_axis]
         if boxes is None:
             # Inside `tf.data` the size may be unknown until an image arrives.
             known_size = images.shape[self.height_axis], images.shape[self.width_axis]
             if known_size == (self.height, self.width):
                 return self.backend.cast(images, self.compute_dtype)
-            zero = np.zeros((1,), "float32")
-            whole_height = zero + self.backend.cast(image_height, "float32")
-            whole_width = zero + self.backend.cast(image_width, "float32")
-            boxes = (zero, zero, whole_height, whole_width)
+            zero = self.backend.numpy.zeros((1,), "float32")
+            shape = self.backend.shape(images)
+            height = zero + self.backend.cast(shape[self.height_axis], "float32")
+            width = zero + self.backend.cast(shape[self.width_axis], "float32")
+            return self._multiply(images, (zero, zero, height, width), interpolation)
+        if self.backend.name == "tensorflow" and _tensorflow_maps():
+            return self._map(images, boxes, interpolation)
+        return self._multiply(images, boxes, interpolation)
+
+    def _map(self, images, boxes, interpolation):
+        """Crops and resizes image by image: fast on TensorFlow's CPU, possible nowhere else."""
+        import tensorflow as tf
+
         top, left, height, width = boxes
-        rows = self._matrix(top, height, image_height, self.height, interpolation)
-        columns = self._matrix(left, width, image_width, self.width, interpolation)
+        first, every = tf.zeros_like(top), -tf.ones_like(top)
+        if self.data_format == "channels_last":
+            start, extent = (top, left, first), (height, width, every)
+        else:
+            start, extent = (first, top, left), (every, height, width)
+        start, extent = (tf.cast(tf.stack(side, axis=1), "int32") for side in (start, extent))
+
+        # Antialiasing takes twice the time and changes nothing where no box can shrink.
+        known_size = images.shape[self.height_axis], images.shape[self.width_axis]
+        antialias = None in known_size or known_size[0] > self.height or known_size[1] > self.width
+        crop_one = _crop_of_one_image(
+            (self.height, self.width),
+            interpolation,
+            antialias,
+            self.data_format,
+            images.dtype,
+            self.compute_dtype,
+        )
+
+        # `MapDefun` has no gradient of its own.
+        @tf.custom_gradient
+        def crop_all(images):
+            def gradient(upstream):
+                with tf.GradientTape() as tape:
+                    tape.watch(images)
+                    crops = self._multiply(images, boxes, interpolation)
+                return tape.gradient(crops, images, upstream)
+
+            (crops,) = tf.raw_ops.MapDefun(
+                arguments=[images, start, extent],
+                captured_inputs=[],
+                output_types=[self.compute_dtype],
+                output_shapes=[self.compute_output_shape(images.shape)[1:]],
+                f=crop_one,
+            )
+            return crops, gradient
+
+        return crop_all(images)
+
+    def _multiply(self, images, boxes, interpolation):
+        """Resizes by a product with one matrix for the rows and one for the columns."""
+        np = self.backend.numpy
+        shape = self.backend.shape(images)
+        top, left, height, width = boxes
+        rows = self._matrix(top, height, shape[self.height_axis], self.height, interpolation)
+        columns = self._matrix(left, width, shape[self.width_axis], self.width, interpolation)
 
         # Half precision would move a crop by up to a pixel, so that weights stay in float32.
         images = self.backend.cast(images, rows.dtype)
@@ -210,16 +258,39 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         return weights / np.sum(weights, axis=2, keepdims=True)
 
 
+def _tensorflow_maps():
+    """Whether TensorFlow may map over images: XLA compiles no slices of unknown size."""
+    import tensorflow as tf
+    from tensorflow.python.ops import control_flow_util
+
+    graph = tf.compat.v1.get_default_graph()
+    under_xla = control_flow_util.GraphOrParentsInXlaContext(graph)
+    return not under_xla and not tf.config.list_physical_devices("GPU")
+
+
+@functools.cache
+def _crop_of_one_image(size, interpolation, antialias, data_format, input_dtype, output_dtype):
+    """A TensorFlow function from an image, and the start and extent of a box, to its crop."""
+    import tensorflow as tf
+
+    def crop(image, start, extent):
+        box = tf.cast(tf.slice(image, start, extent), "float32")
+        if data_format == "channels_first":
+            box = tf.transpose(box, (1, 2, 0))
+        box = tf.image.resize(box, size, interpolation, antialias=antialias)
+        if data_format == "channels_first":
+            box = tf.transpose(box, (2, 0, 1))
+        return tf.cast(box, output_dtype)
+
+    image, corner = tf.TensorSpec((None, None, None), input_dtype), tf.TensorSpec((3,), "int32")
+    # Outside of the caller's graph, so that the function outlives it.
+    with tf.init_scope():
+        return tf.function(crop, autograph=False).get_concrete_function(image, corner, corner)
+
+
 def _between(low, high, draws):
     """Moves draws from [0, 1) to [low, high)."""
     return low + (high - low) * draws
-
-
-def _position(np, draw, room, is_central):
-    """Whole pixels between the edge of an image and a box that leaves `room` pixels free."""
-    # A draw just below one can round up to `room + 1`.
-    anywhere = np.minimum(np.floor(draw * (room + 1)), room)
-    return np.where(is_central, np.floor(room / 2), anywhere)
 
 
 def _range(name, value, upper):
