@@ -18,13 +18,15 @@ def operations_per_image():
     return 3 * 2 * forward
 
 
-def _batch(size):
+def batch(size, side=SIDE):
+    """Noise as images `(B, H, W, C)` and their labels."""
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (size, SIDE, SIDE, 3), dtype="uint8")
+    images = random.integers(0, 256, (size, side, side, 3), dtype="uint8")
     return images, random.integers(0, CLASSES, size)
 
 
-def ours(batch_size, dtype, augmentation=None):
+def ours(batch_size, dtype, augmentation=None, **sizes):
+    """`sizes` are arguments of `VisionTransformer` that differ from the baseline's."""
     import keras
 
     from keras_vit import VisionTransformer
@@ -32,9 +34,9 @@ def ours(batch_size, dtype, augmentation=None):
     from keras_vit.training import compile_model
 
     keras.utils.set_random_seed(0)
-    model = VisionTransformer(augmentation=augmentation, dtype=dtype)
+    model = VisionTransformer(augmentation=augmentation, dtype=dtype, **sizes)
     compile_model(model, Baseline())
-    images, labels = _batch(batch_size)
+    images, labels = batch(batch_size, model.input_shape[1])
     return lambda: model.train_on_batch(images, labels)
 
 
@@ -100,12 +102,51 @@ def _keras_step(model, batch_size, jit_compile):
         metrics=["accuracy"],
         jit_compile=jit_compile,
     )
-    images, labels = _batch(batch_size)
+    images, labels = batch(batch_size)
     return lambda: model.train_on_batch(images, labels)
 
 
 def pytorch(batch_size, dtype, attention, compiled=False):
-    """Plain PyTorch with a flip of the whole batch; `attention` is "module" or "sdpa"."""
+    """Plain PyTorch with a flip of each image; `attention` is "module" or "sdpa"."""
+    import torch
+
+    learn, device = _pytorch_learner(dtype, attention, compiled)
+    images, labels = (torch.from_numpy(array).to(device) for array in batch(batch_size))
+    return lambda: learn(images, labels).item()
+
+
+def pytorch_epoch(batch_size, dtype, count, compiled=False):
+    """An epoch of plain PyTorch over `count` images that lie on the GPU, shuffled there."""
+    import torch
+
+    learn, device = _pytorch_learner(dtype, "sdpa", compiled)
+    images, labels = (torch.from_numpy(array).to(device) for array in batch(count))
+
+    def epoch():
+        for chosen in torch.randperm(len(images), device=device).split(batch_size):
+            loss = learn(images[chosen], labels[chosen])
+        return loss.item()
+
+    return epoch
+
+
+def ours_epoch(batch_size, dtype, count):
+    """An epoch of `fit` over `count` images, as `train.py` calls it."""
+    import keras
+
+    from keras_vit import VisionTransformer
+    from keras_vit.recipes import Baseline
+    from keras_vit.training import batches_of, compile_model
+
+    keras.utils.set_random_seed(0)
+    model = VisionTransformer(dtype=dtype)
+    compile_model(model, Baseline())
+    batches = batches_of(*batch(count), batch_size, seed=0)
+    return lambda: model.fit(batches, shuffle=False, verbose=0)
+
+
+def _pytorch_learner(dtype, attention, compiled):
+    """A function of images `(B, H, W, C)` and labels that learns from them, and its device."""
     import torch
     from torch import nn
     from torch.nn import functional
@@ -162,33 +203,37 @@ def pytorch(batch_size, dtype, attention, compiled=False):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = Model().to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+    options = {"weight_decay": WEIGHT_DECAY, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, **options)
     forward = torch.compile(model) if compiled else model
-    images, labels = (torch.from_numpy(array).to(device) for array in _batch(batch_size))
 
-    def step():
+    def learn(images, labels):
         optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16, enabled=dtype == "mixed_bfloat16"):
             loss = functional.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
-    return step
-
-
-PRODUCT = 2048
+    return learn, device
 
 
-def matrix_product(dtype):
-    """A product of two square matrices, the yardstick of what the machine can do."""
+def matrix_product(dtype, side):
+    """Eight products of two square matrices, the yardstick of what the machine can do."""
     import torch
 
     kind = torch.bfloat16 if dtype == "mixed_bfloat16" else torch.float32
-    a, b = torch.randn(2, PRODUCT, PRODUCT).to(kind)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = torch.randn(2, side, side, device=device).to(kind)
 
     def step():
         for _ in range(8):
-            a @ b
+            product = a @ b
+        return product[0, 0].item()  # A GPU answers only when it is done.
 
     return step
+
+
+def product_operations(side):
+    """Floating point operations of `matrix_product`'s step."""
+    return 8 * 2 * side**3

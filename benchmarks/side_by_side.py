@@ -9,6 +9,7 @@ import pathlib
 import platform
 import resource
 import statistics
+import sys
 import time
 import traceback
 
@@ -25,9 +26,9 @@ def measure(contestants, rounds, warm_up=3):
         warm_up: int, steps before them.
 
     Returns:
-        Dictionary by name of `{"seconds": [...], "peak_mib": float, "added_mib": float}`, memory
-        being the process's peak and how far the steps raised it, or of `{"error": string}` for a
-        contestant that failed.
+        Dictionary by name of `{"seconds": [...], "peak_mib": float, "added_mib": float, "gpu_mib":
+        float}`, memory being the process's peak, how far the steps raised it, and the most that
+        its arrays took on a GPU; or of `{"error": string}` for a contestant that failed.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes, results = {}, [], {}
@@ -63,7 +64,7 @@ def _ask(pipes, results, name, steps):
     else:
         result = results.setdefault(name, {"seconds": []})
         result["seconds"] += answer["seconds"]
-        result |= {name: answer[name] for name in ("peak_mib", "added_mib")}
+        result |= {name: answer[name] for name in ("peak_mib", "added_mib", "gpu_mib")}
 
 
 def _work(pipe, make_step, arguments, environment):
@@ -81,7 +82,8 @@ def _work(pipe, make_step, arguments, environment):
                 step()
                 seconds.append(time.perf_counter() - start)
             peak = _peak_mib()
-            pipe.send({"seconds": seconds, "peak_mib": peak, "added_mib": peak - before})
+            memory = {"peak_mib": peak, "added_mib": peak - before, "gpu_mib": _gpu_mib()}
+            pipe.send({"seconds": seconds, **memory})
     except Exception as error:
         traceback.print_exc()
         pipe.send({"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]})
@@ -89,6 +91,15 @@ def _work(pipe, make_step, arguments, environment):
 
 def _peak_mib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _gpu_mib():
+    """The most that PyTorch or JAX held on a GPU so far; 0 without one."""
+    torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+    most = torch.cuda.max_memory_allocated() if torch and torch.cuda.is_available() else 0
+    if jax and jax.default_backend() == "gpu":
+        most = max(most, jax.local_devices()[0].memory_stats()["peak_bytes_in_use"])
+    return most / 2**20
 
 
 def ratio(results, name, other):
