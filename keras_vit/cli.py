@@ -21,6 +21,9 @@ BACKENDS = ("tensorflow", "jax", "torch")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
+# What the backends' errors say when memory is short.
+OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -143,18 +146,23 @@ def run(named):
     with _quiet():
         import keras
 
-        from keras_vit import training
+        from keras_vit import devices, training
     if options.backend not in (None, keras.backend.backend()):
         raise Failure(
             f"--backend {options.backend} comes too late: Keras was imported before and computes "
             f"with {keras.backend.backend()}"
+        )
+    if options.mixed_precision and not devices.has_bfloat16():
+        raise Failure(
+            "--mixed-precision computes in bfloat16, for which this machine has no instructions: "
+            "it would only be slower, leave it out"
         )
 
     dataset = _load(options, named)
     if dataset.name == "digits" != options.dataset:
         options, recipe = settle({**named, "dataset": "digits"})
     run_dir = _run_dir(options)
-    if "epochs" not in named and not training.accelerators():
+    if "epochs" not in named and not devices.accelerators():
         recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
@@ -170,6 +178,12 @@ def run(named):
     except ValueError as error:
         raise Failure(" ".join(str(error).split())) from error
 
+    count = len(dataset.train_labels)
+    needed = training.least_memory(recipe, dataset.image_shape, count, dtype)
+    if not devices.accelerators() and needed > _memory():
+        # Linux would grant it, and kill the process once it is used.
+        raise _too_large(recipe)
+
     for folder in (run_dir, figures_dir):
         folder.mkdir(parents=True, exist_ok=True)
     # What an interrupted run saved as `model.keras` stays until this one has a model of its own.
@@ -179,9 +193,14 @@ def run(named):
     del settings["overwrite"]  # A wish for this once, not for every repetition.
     _write_json(run_dir / "config.json", settings)
     print(f"Training on {len(dataset.train_images):,} images of {dataset.name}, into {run_dir}")
-    history, interrupted = training.fit(
-        model, dataset, recipe, options.seed, validation, run_dir, options.tensorboard
-    )
+    try:
+        history, interrupted = training.fit(
+            model, dataset, recipe, options.seed, validation, run_dir, options.tensorboard
+        )
+    except Exception as error:  # Each backend has a class of its own for this.
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+            raise _too_large(recipe) from error
+        raise
     if not math.isfinite(history["loss"][-1]):
         raise Failure(
             f"the loss is {history['loss'][-1]} in epoch {len(history['loss'])}: training diverged "
@@ -200,6 +219,21 @@ def run(named):
     draw(model, dataset, recipe, probabilities, history, figures_dir)
     print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
     return 0
+
+
+def _memory():
+    """Bytes of memory that this machine has; infinite where it does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return math.inf
+
+
+def _too_large(recipe):
+    return Failure(
+        f"--batch-size {recipe.batch_size} needs more memory than this machine has: try a smaller "
+        "one, a smaller model or a larger --patch-size"
+    )
 
 
 def evaluate(model, dataset, history):

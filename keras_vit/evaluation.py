@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from sklearn import metrics
 
-from keras_vit.training import accelerators
+from keras_vit.devices import accelerators
 
 BATCH_SIZE = 256
 

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from keras_vit.data import Batches, DeviceBatches
+from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.model import VisionTransformer, default_augmentation
 
 # Training steps that JAX runs on a GPU without asking the host.
@@ -35,22 +36,23 @@ def step_schedule(learning_rate, epochs, milestones):
     return schedule, falls
 
 
-def accelerators():
-    """Names of the GPUs or TPUs that Keras's backend computes on, such as `["gpu:0"]`."""
-    if keras.backend.backend() == "torch":  # Keras lists no devices there.
-        import torch
+def least_memory(recipe, image_shape, images, dtype):
+    """Bytes that a training step holds at the very least: tokens and attention of all blocks.
 
-        if not torch.accelerator.is_available():
-            return []
-        kind = torch.accelerator.current_accelerator().type
-        return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
-    # Asked for GPUs by name, JAX raises where there are none.
-    return [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
+    A step of the baseline takes about half as much again.
 
-
-def on_jax_accelerator():
-    """Whether Keras computes with JAX on a GPU or TPU."""
-    return keras.backend.backend() == "jax" and bool(accelerators())
+    Args:
+        recipe: a `Recipe`.
+        image_shape: tuple `(H, W, C)`.
+        images: int, number of training images.
+        dtype: `"float32"` or `"mixed_bfloat16"`.
+    """
+    height, width, _ = image_shape
+    tokens = (height // recipe.patch_size) * (width // recipe.patch_size) + 1
+    by_block = tokens * (8 * recipe.embed_dim + 2 * recipe.mlp_dim)
+    by_block += 2 * recipe.num_heads * tokens**2
+    numbers = min(recipe.batch_size, images) * recipe.depth * by_block
+    return numbers * (4 if dtype == "float32" else 2)
 
 
 def build_model(dataset, recipe, dtype=None):
@@ -104,8 +106,7 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
         ended the run early.
     """
     compile_model(model, recipe)
-    kind = DeviceBatches if on_jax_accelerator() else Batches
-    batches = kind(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
+    batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     stopper = StopOnInterrupt()
     callbacks = [
@@ -132,6 +133,12 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
         callbacks=callbacks,
     )
     return history.history, stopper.interrupted
+
+
+def batches_of(images, labels, batch_size, seed):
+    """Training batches as `Batches`, kept where the backend reads them fastest."""
+    kind = DeviceBatches if on_jax_accelerator() else Batches
+    return kind(images, labels, batch_size, seed)
 
 
 def compile_model(model, recipe):

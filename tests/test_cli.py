@@ -10,7 +10,7 @@ import sys
 import keras
 import pytest
 
-from keras_vit import cli, data, figures, training
+from keras_vit import cli, data, devices, figures, training
 from keras_vit.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -253,7 +253,52 @@ def test_a_training_that_diverges_says_when_and_leaves_no_model(capsys, tmp_path
     assert not (tmp_path / "run" / "model.keras").exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34 bytes."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] not enough memory: you tried to"),
+        type("ResourceExhaustedError", (Exception,), {})("OOM when allocating tensor with shape"),
+    ],
+    ids=["NumPy", "JAX", "PyTorch", "TensorFlow"],
+)
+def test_memory_that_runs_out_is_one_line(error, capsys, monkeypatch, tmp_path):
+    def exhausted(*_):
+        raise error
+
+    monkeypatch.setattr(training, "fit", exhausted)
+    assert train("--dataset=digits", "--batch-size=39", folder=tmp_path) == 2
+    assert capsys.readouterr().err.startswith("error: --batch-size 39 needs more memory than")
+
+
+def test_a_batch_that_no_memory_holds_is_refused_before_training(capsys, monkeypatch, tmp_path):
+    if devices.accelerators():
+        pytest.skip("a GPU says so itself")
+    monkeypatch.setattr(cli, "_memory", lambda: 2**16)
+    assert train("--dataset=digits", folder=tmp_path) == 2
+    assert "--batch-size 32 needs more memory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_that_is_not_about_memory_is_not_hidden(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(training, "fit", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        train("--dataset=digits", folder=tmp_path)
+
+
+def test_bfloat16_without_instructions_for_it_is_refused(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    assert train("--dataset=digits", "--mixed-precision", folder=tmp_path) == 2
+    assert "error: --mixed-precision computes in bfloat16" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_settings_reach_the_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
     arguments = ["--dataset=digits", "--no-augmentation", "--mixed-precision", "--dropout=0.3"]
     assert train(*arguments, folder=tmp_path) == 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")

@@ -56,6 +56,14 @@ def test_the_recipe_sets_up_the_optimizer():
     assert model.optimizer.weight_decay == 0.01
 
 
+def test_the_least_memory_of_a_step_is_counted():
+    """Two blocks of 5 tokens of width 16, an MLP of 32 and 2 heads, for a batch of 16."""
+    by_block = 5 * (8 * 16 + 2 * 32) + 2 * 2 * 5**2
+    recipe = small_recipe(depth=2)
+    assert training.least_memory(recipe, (8, 8, 3), 96, "float32") == 4 * 16 * 2 * by_block
+    assert training.least_memory(recipe, (8, 8, 3), 9, "mixed_bfloat16") == 2 * 9 * 2 * by_block
+
+
 def test_training_learns_and_leaves_its_history(tmp_path):
     dataset = colours()
     dataset, validation = dataset.hold_out(24, seed=0)

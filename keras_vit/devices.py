@@ -1,0 +1,61 @@
+"""What Keras computes on, and what that can do."""
+
+import math
+import pathlib
+
+import keras
+
+
+def accelerators():
+    """Names of the GPUs or TPUs that Keras's backend computes on, such as `["gpu:0"]`."""
+    if keras.backend.backend() == "torch":  # Keras lists no devices there.
+        import torch
+
+        if not torch.accelerator.is_available():
+            return []
+        kind = torch.accelerator.current_accelerator().type
+        return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+    # Asked for GPUs by name, JAX raises where there are none.
+    return [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
+
+
+def on_jax_accelerator():
+    """Whether Keras computes with JAX on a GPU or TPU."""
+    return keras.backend.backend() == "jax" and bool(accelerators())
+
+
+def has_bfloat16():
+    """Whether the device that Keras computes on has instructions for bfloat16.
+
+    Elsewhere a training step in bfloat16 is slower than one in float32.
+    """
+    if accelerators():
+        return _oldest_nvidia_architecture() >= 8  # Ampere
+    try:
+        flags = set(pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return True  # Not Linux: unknown.
+    return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def _oldest_nvidia_architecture():
+    """Major compute capability of the oldest NVIDIA GPU; infinite where there is none."""
+    backend, majors = keras.backend.backend(), [math.inf]
+    if backend == "torch":
+        import torch
+
+        if torch.cuda.is_available():
+            gpus = range(torch.cuda.device_count())
+            majors += [torch.cuda.get_device_capability(gpu)[0] for gpu in gpus]
+    elif backend == "jax":
+        import jax
+
+        versions = (getattr(gpu, "compute_capability", None) for gpu in jax.local_devices())
+        majors += [float(version) // 1 for version in versions if version and version[0].isdigit()]
+    else:
+        import tensorflow as tf
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            details = tf.config.experimental.get_device_details(gpu)
+            majors += details.get("compute_capability", ())[:1]
+    return min(majors)
