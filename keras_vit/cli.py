@@ -10,17 +10,23 @@ import math
 import os
 import pathlib
 import platform
+import shutil
 import sys
 import tempfile
 import time
 import typing
 
+from keras_vit.files import Busy, locked, whole
 from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
+# Inside the folder of a run that is not finished.
+CHECKPOINTS = "checkpoints"
+# Settings that a run may go on with although they changed.
+FREE_TO_CHANGE = ("data_dir", "figures_dir", "output", "save_every", "tensorboard")
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -53,7 +59,10 @@ class Run:
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
     figures_dir: str = option("figures", "folder of the pictures")
-    overwrite: bool = option(False, "replace a finished run in the same folder")
+    overwrite: bool = option(False, "start over in a folder that holds a run")
+    save_every: int | None = option(
+        None, "steps between checkpoints, beside the one after each epoch", low=1
+    )
     tensorboard: bool = option(False, "write TensorBoard's logs into the run folder")
 
 
@@ -78,9 +87,9 @@ def main(arguments=None):
     """
     try:
         return run(parse(arguments))
-    except Failure as failure:
+    except (Busy, Failure) as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return failure.status
+        return getattr(failure, "status", 2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
@@ -186,39 +195,83 @@ def run(named):
 
     for folder in (run_dir, figures_dir):
         folder.mkdir(parents=True, exist_ok=True)
-    # What an interrupted run saved as `model.keras` stays until this one has a model of its own.
-    for name in ("metrics.json", "best.keras"):
-        (run_dir / name).unlink(missing_ok=True)
-    settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
-    del settings["overwrite"]  # A wish for this once, not for every repetition.
-    _write_json(run_dir / "config.json", settings)
-    print(f"Training on {len(dataset.train_images):,} images of {dataset.name}, into {run_dir}")
+    with locked(run_dir), _saying_where_writing_fails(run_dir):
+        settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
+        del settings["overwrite"]  # A wish for this once, not for every repetition.
+        _start_or_continue(run_dir, settings, options.overwrite)
+        count = f"{len(dataset.train_images):,}"
+        print(f"Training on {count} images of {dataset.name}, into {run_dir}")
+        history = _fit(model, dataset, recipe, options, validation, run_dir)
+        with whole(run_dir / "model.keras") as path:
+            model.save(path)
+        probabilities, metrics = evaluate(model, dataset, history)
+        run_facts = {"dataset": dataset.name, "recipe": options.recipe, "seed": options.seed}
+        seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
+        # Before the pictures, whose failure must not cost the numbers.
+        _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
+        draw(model, dataset, recipe, probabilities, history, figures_dir)
+        # Without them the run counts as finished.
+        shutil.rmtree(run_dir / CHECKPOINTS)
+    print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
+    return 0
+
+
+def _fit(model, dataset, recipe, options, validation, run_dir):
+    """Trains; returns the history, or raises a `Failure` for what one line can explain."""
+    from keras_vit import training
+    from keras_vit.journal import Diverged, Interrupted
+
+    extras = options.tensorboard, options.save_every
     try:
-        history, interrupted = training.fit(
-            model, dataset, recipe, options.seed, validation, run_dir, options.tensorboard
-        )
+        return training.fit(model, dataset, recipe, options.seed, validation, run_dir, *extras)
+    except Diverged as error:
+        raise Failure(str(error), status=3) from error
+    except Interrupted as error:
+        raise Failure(
+            f"{error}: interrupted and saved. The same command goes on from there", error.status
+        ) from error
     except Exception as error:  # Each backend has a class of its own for this.
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
             raise _too_large(recipe) from error
         raise
-    if not math.isfinite(history["loss"][-1]):
+
+
+def _start_or_continue(run_dir, settings, overwrite):
+    """Prepares a folder for a run, or for the rest of the same run that left a checkpoint there."""
+    path = run_dir / "config.json"
+    if not overwrite and (run_dir / CHECKPOINTS).exists() and path.exists():
+        before, now = json.loads(path.read_text(encoding="utf-8")), _plain(settings)
+        names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
+        changes = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
+        if changes:
+            raise Failure(
+                f"{run_dir} holds a run that was not finished, with other settings: "
+                f"{'; '.join(changes)}. Choose another folder with --output, or start over in this "
+                "one with --overwrite"
+            )
+        print(f"Going on with the run in {run_dir}.")
+    else:
+        # What an earlier run saved as `model.keras` stays until this one has a model of its own.
+        for name in ("metrics.json", "best.keras", "history.csv", "timing.csv"):
+            (run_dir / name).unlink(missing_ok=True)
+        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+    _write_json(path, settings)
+
+
+@contextlib.contextmanager
+def _saying_where_writing_fails(run_dir):
+    try:
+        yield
+    except OSError as error:
         raise Failure(
-            f"the loss is {history['loss'][-1]} in epoch {len(history['loss'])}: training diverged "
-            f"at a learning rate of {history['learning_rate'][-1]:g}, try a smaller one",
-            status=3,
-        )
-    model.save(run_dir / "model.keras")
-    if interrupted:
-        print(f"\nInterrupted: what was learned so far is in {run_dir / 'model.keras'}")
-        return 130
-    probabilities, metrics = evaluate(model, dataset, history)
-    run_facts = {"dataset": dataset.name, "recipe": options.recipe, "seed": options.seed}
-    seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
-    # Before the pictures, whose failure must not cost the numbers.
-    _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
-    draw(model, dataset, recipe, probabilities, history, figures_dir)
-    print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
-    return 0
+            f"{error.filename or run_dir} cannot be written: {error.strerror or error}. What the "
+            "run had saved before is still there",
+            status=1,
+        ) from error
 
 
 def _memory():
@@ -329,7 +382,8 @@ def _run_dir(options):
     name = name.replace("/", "_").replace(":", "_")
     default = f"runs/{name}-{options.recipe}-seed{options.seed}"
     folder = _writable(options.output or default, "--output")
-    if (folder / "metrics.json").exists() and not options.overwrite:
+    finished = (folder / "metrics.json").exists() and not (folder / CHECKPOINTS).exists()
+    if finished and not options.overwrite:
         raise Failure(
             f"{folder} holds a finished run: choose another folder with --output, "
             "or allow this one to be replaced with --overwrite"
@@ -436,5 +490,11 @@ def _read_config(path, fields):
     return settings
 
 
+def _plain(settings):
+    """Settings as they come back from a file."""
+    return json.loads(json.dumps(settings))
+
+
 def _write_json(path, content):
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -107,13 +107,14 @@ class Batches(keras.utils.PyDataset):
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.start_epoch(1)
 
-    def start_epoch(self, epoch):
-        """Shuffles the images anew for an epoch, counted from one."""
-        self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+    def start_epoch(self, epoch, skipped=0):
+        """Shuffles the images anew for an epoch, counted from one, and leaves out first batches."""
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
+        self._order = order[skipped * self.batch_size :]
 
     @property
     def num_batches(self):
-        return math.ceil(len(self.labels) / self.batch_size)
+        return math.ceil(len(self._order) / self.batch_size)
 
     def __getitem__(self, index):
         chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]

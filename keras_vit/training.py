@@ -1,15 +1,10 @@
 """From a recipe to a trained model: building, compiling, fitting."""
 
-import csv
-import math
-import signal
-import time
-
 import keras
-from keras import ops
 
 from keras_vit.data import Batches, DeviceBatches
 from keras_vit.devices import accelerators, on_jax_accelerator
+from keras_vit.journal import Journal
 from keras_vit.model import VisionTransformer, default_augmentation
 
 # Training steps that JAX runs on a GPU without asking the host.
@@ -87,8 +82,17 @@ def build_model(dataset, recipe, dtype=None):
     return model
 
 
-def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboard=False):
-    """Compiles and trains a model by a recipe.
+def fit(
+    model,
+    dataset,
+    recipe,
+    seed=0,
+    validation=None,
+    run_dir=None,
+    tensorboard=False,
+    save_every=None,
+):
+    """Compiles and trains a model by a recipe, from the newest checkpoint of a run on.
 
     Args:
         model: a `VisionTransformer`, adapted to the training images.
@@ -96,43 +100,46 @@ def fit(model, dataset, recipe, seed=0, validation=None, run_dir=None, tensorboa
         recipe: a `Recipe`.
         seed: int, decides the order of the images in each epoch.
         validation: pair `(images, labels)` to measure after each epoch.
-        run_dir: `Path` of an existing folder for `history.csv`, `best.keras` (with `validation`)
-            and TensorBoard's logs.
+        run_dir: `Path` of an existing folder for `history.csv`, `best.keras` (with `validation`),
+            checkpoints and TensorBoard's logs. What it holds of an earlier training is taken as
+            the start of this one.
         tensorboard: bool, whether to write those logs.
+        save_every: int, steps between checkpoints inside of an epoch; there is always one at its
+            end.
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
-        `seconds`, and `val_loss` and `val_accuracy` with `validation`; and a bool: whether Ctrl-C
-        ended the run early.
+        `seconds`, and `val_loss` and `val_accuracy` with `validation`.
+
+    Raises:
+        Interrupted: once the step in which SIGINT or SIGTERM came is done and saved.
+        Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
     """
     compile_model(model, recipe)
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-    stopper = StopOnInterrupt()
+    journal = Journal(model, batches, run_dir, save_every)
     callbacks = [
-        keras.callbacks.LambdaCallback(on_epoch_begin=lambda i, _: batches.start_epoch(i + 1)),
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
         keras.callbacks.LearningRateScheduler(schedule),
-        EpochTimer(),
-        StopOnDivergence(),
-        stopper,
+        journal,
     ]
-    if run_dir is not None:
-        callbacks.append(HistoryFile(run_dir / "history.csv"))
-        if validation is not None:
-            best = {"monitor": "val_accuracy", "mode": "max", "save_best_only": True}
-            callbacks.append(keras.callbacks.ModelCheckpoint(run_dir / "best.keras", **best))
-        if tensorboard:
-            callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
-
-    history = model.fit(
-        batches,
-        epochs=recipe.epochs,
-        shuffle=False,
-        validation_data=validation,
-        validation_batch_size=recipe.batch_size,
-        callbacks=callbacks,
-    )
-    return history.history, stopper.interrupted
+    if tensorboard:
+        callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
+    settings = {
+        "shuffle": False,
+        "validation_data": validation,
+        "validation_batch_size": recipe.batch_size,
+        "callbacks": callbacks,
+    }
+    with journal.watching_signals():
+        # The rest of an interrupted epoch, which is shorter than the others.
+        if journal.skipped:
+            batches.start_epoch(journal.epoch + 1, journal.skipped)
+            model.fit(batches, initial_epoch=journal.epoch, epochs=journal.epoch + 1, **settings)
+            batches.start_epoch(journal.epoch + 1)
+        model.fit(batches, initial_epoch=journal.epoch, epochs=recipe.epochs, **settings)
+    return {key: [row[key] for row in journal.rows] for key in journal.rows[0] if key != "epoch"}
 
 
 def batches_of(images, labels, batch_size, seed):
@@ -152,68 +159,4 @@ def compile_model(model, recipe):
         jit_compile=False if on_tensorflow_cpu else "auto",
         steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,
     )
-
-
-class EpochTimer(keras.callbacks.Callback):
-    """Adds to the logs of an epoch the seconds that its training took, validation excluded."""
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._start, self._end = time.perf_counter(), None
-
-    def on_test_begin(self, logs=None):
-        self._stop()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._stop()
-        logs["seconds"] = round(self._end - self._start, 3)
-
-    def _stop(self):
-        # A GPU may be steps behind the host: what the last step counted is there once it is done.
-        ops.convert_to_numpy(self.model.optimizer.iterations)
-        self._end = self._end or time.perf_counter()
-
-
-class HistoryFile(keras.callbacks.Callback):
-    """Writes what each epoch measured as a line of a CSV file, epochs counted from one."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.path = path
-
-    def on_epoch_end(self, epoch, logs=None):
-        row = {"epoch": epoch + 1, **logs}
-        with open(self.path, "w" if epoch == 0 else "a", newline="", encoding="utf-8") as lines:
-            writer = csv.DictWriter(lines, row)
-            if epoch == 0:
-                writer.writeheader()
-            writer.writerow(row)
-
-
-class StopOnDivergence(keras.callbacks.Callback):
-    """Ends the training after an epoch whose loss is NaN or infinite."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        if not math.isfinite(logs["loss"]):
-            self.model.stop_training = True
-
-
-class StopOnInterrupt(keras.callbacks.Callback):
-    """Lets Ctrl-C finish the step in progress and end the training; a second one ends it at once.
-
-    An exception in the middle of a step would leave JAX without weights: their memory was given
-    to the step.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.interrupted = False
-
-    def on_train_begin(self, logs=None):
-        self._previous = signal.signal(signal.SIGINT, self._interrupt)
-
-    def on_train_end(self, logs=None):
-        signal.signal(signal.SIGINT, self._previous)
-
-    def _interrupt(self, *_):
-        self.interrupted = self.model.stop_training = True
-        signal.signal(signal.SIGINT, self._previous)
+    model.optimizer.build(model.trainable_variables)

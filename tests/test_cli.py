@@ -10,7 +10,7 @@ import sys
 import keras
 import pytest
 
-from keras_vit import cli, data, devices, figures, training
+from keras_vit import cli, data, devices, figures, files, training
 from keras_vit.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -187,8 +187,8 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
     first = tmp_path / "run"
     arguments = ["--dataset=digits", "--validation=50", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
-    names = {"model.keras", "best.keras", "history.csv", "config.json", "metrics.json"}
-    assert {path.name for path in first.iterdir()} == names
+    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json"}
+    assert {path.name for path in first.iterdir()} == {*names, "metrics.json", ".lock"}
     metrics = json.loads((first / "metrics.json").read_text())
     assert metrics["epochs"] == 1 and metrics["seed"] == 3 and metrics["wall_seconds"] > 0
     assert sum(row["images"] for row in metrics["per_class"].values()) == 359
@@ -213,16 +213,17 @@ def test_a_repeated_run_does_not_overwrite_what_its_model_once_overwrote(tmp_pat
     assert cli.main([f"--config={tmp_path / 'run' / 'config.json'}"]) == 2
 
 
-def test_overwriting_removes_the_numbers_of_the_run_before(monkeypatch, tmp_path):
-    def interrupted(*_):
-        return {"loss": [1.0]}, True
+def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
+    def killed(*_):
+        raise KeyboardInterrupt
 
-    (tmp_path / "run").mkdir()
-    for name in ("metrics.json", "best.keras"):
-        (tmp_path / "run" / name).write_text("of the run before")
-    monkeypatch.setattr(training, "fit", interrupted)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("metrics.json", "best.keras", "history.csv", "checkpoints/step-1.checkpoint"):
+        (run / name).write_text("of the run before")
+    monkeypatch.setattr(training, "fit", killed)
     assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 130
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"config.json", "model.keras"}
+    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
 
 
 def test_a_run_that_ends_at_once_leaves_the_model_of_an_interrupted_one(monkeypatch, tmp_path):
@@ -309,9 +310,9 @@ def test_settings_reach_the_model(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT between processes on Windows")
-def test_ctrl_c_saves_what_was_learned(tmp_path):
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     places = [f"--output={tmp_path / 'run'}", f"--figures-dir={tmp_path / 'figures'}"]
-    arguments = ["--dataset=digits", "--epochs=500", "--limit-train=40", *TINY, *places]
+    arguments = ["--dataset=digits", "--epochs=40", "--limit-train=40", *TINY, *places]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command(*arguments),
@@ -326,8 +327,52 @@ def test_ctrl_c_saves_what_was_learned(tmp_path):
             break
     output = process.stdout.read()
     assert process.wait(timeout=60) == 130
-    saved = tmp_path / "run" / "model.keras"
-    assert f"Interrupted: what was learned so far is in {saved}" in output
+    assert "interrupted and saved. The same command goes on from there" in output
     assert "Traceback" not in output
-    assert saved.exists()
     assert not (tmp_path / "run" / "metrics.json").exists()
+
+    other = subprocess.run(
+        command(*arguments, "--epochs=41", "--seed=1"), capture_output=True, text=True
+    )
+    assert other.returncode == 2
+    assert "seed was 0 and is 1; epochs was 40 and is 41" in other.stderr
+
+    again = subprocess.run(command(*arguments), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "Going on with the run" in again.stdout and "Epoch 1/" not in again.stdout
+    with open(tmp_path / "run" / "history.csv", encoding="utf-8") as lines:
+        assert len(lines.readlines()) == 41
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "draw_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
+        assert train("--dataset=digits", folder=tmp_path) == 1
+    numbers = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert train("--dataset=digits", folder=tmp_path) == 0
+    assert "Going on with the run" in capsys.readouterr().out
+    again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert [again[key] for key in ("accuracy", "loss")] == [
+        numbers[key] for key in ("accuracy", "loss")
+    ]
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
+    assert train("--dataset=digits", folder=tmp_path) == 2
+
+
+def test_a_folder_that_another_run_has_is_refused(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    with files.locked(tmp_path / "run"):
+        assert train("--dataset=digits", folder=tmp_path) == 2
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line(capsys, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert train("--dataset=digits", folder=tmp_path) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "No space left on device" in error
+    assert len(error.splitlines()) == 1

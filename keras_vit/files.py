@@ -1,0 +1,71 @@
+"""Files that are there whole or as they were before, and folders that one process owns."""
+
+import contextlib
+import os
+import platform
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Busy(RuntimeError):
+    """A folder belongs to another process."""
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Lends a path beside `path`; what is written there takes its place once it is complete.
+
+    Args:
+        path: `Path` of the file to come.
+
+    Yields:
+        `Path` to write to, with the same ending.
+    """
+    beside = path.with_name(f".part-{path.name}")
+    try:
+        yield beside
+        with open(beside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
+    _flush_names(path.parent)
+
+
+def _flush_names(folder):
+    """Makes a rename last through a loss of power, where folders can be flushed."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Keeps a folder from other processes; the lock ends with the process, however that ends.
+
+    Args:
+        folder: `Path` of an existing folder.
+
+    Raises:
+        Busy: if a process has it, which the message names.
+    """
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise Busy(f"{folder} is in use by {file.read().strip()}") from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield

@@ -1,0 +1,165 @@
+"""What a run keeps of its training while it goes: its history, its best model, its checkpoints."""
+
+import contextlib
+import csv
+import math
+import signal
+import threading
+import time
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_vit import checkpoints
+from keras_vit.files import whole
+
+TIMING = ("epoch", "seconds")
+
+
+class Interrupted(Exception):
+    """A signal ended the training between two steps; `status` is what a shell expects then."""
+
+    def __init__(self, number, epoch, batch):
+        super().__init__(
+            f"{signal.Signals(number).name} after {epoch} epochs and {batch} batches of the next"
+        )
+        self.status = 128 + number
+
+
+class Diverged(Exception):
+    """The loss became NaN or infinite."""
+
+
+class Journal(keras.callbacks.Callback):
+    """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
+
+    Args:
+        model: a compiled `VisionTransformer`; if the run has a checkpoint, it takes its state.
+        batches: `Batches` that `fit` gets.
+        run_dir: `Path` of the run's folder; None to write nothing.
+        save_every: int, steps between checkpoints inside of an epoch; None for none.
+
+    Attributes:
+        rows: list of dictionaries, what each complete epoch measured.
+        epoch: int, how many epochs are complete.
+        skipped: int, how many batches of the next one were learned by an earlier process.
+    """
+
+    def __init__(self, model, batches, run_dir=None, save_every=None):
+        super().__init__()
+        self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
+        self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
+        self._total, self._signals = batches.num_batches, []
+        _build_metrics(model)
+        self._last = run_dir and checkpoints.newest(run_dir / "checkpoints")
+        if self._last:
+            self._last.assign(model)
+            self.rows, self.epoch = self._last.rows, self._last.epoch
+            self.skipped, self._spent = self._last.batch, self._last.seconds
+            self._write_tables()
+
+    def start_epoch(self, epoch):
+        """To be called when an epoch, counted from zero, begins, before other callbacks."""
+        if self.skipped:
+            self._last.assign(self.model)  # The running metrics were reset since.
+        self.batches.start_epoch(epoch + 1, self.skipped)
+        self._start, self._end = time.perf_counter(), None
+
+    def on_train_batch_end(self, batch, logs=None):
+        done = self.skipped + batch + 1
+        self._check(logs, done)
+        if done >= self._total:
+            return
+        if self._signals or (self.save_every and done % self.save_every == 0):
+            self._save(done)
+        self._stop_on_signal(done)
+
+    def on_test_begin(self, logs=None):
+        self._stop_clock()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._stop_clock()
+        seconds = round(self._spent + self._end - self._start, 3)
+        row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
+        is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
+        self.rows.append({**row, "seconds": seconds})
+        self.epoch, self.skipped, self._spent = epoch + 1, 0, 0.0
+        if self.run_dir and "val_accuracy" in row and is_best:
+            with whole(self.run_dir / "best.keras") as path:
+                self.model.save(path)
+        self._save(0)
+        self._write_tables()
+        self._stop_on_signal(0)
+
+    @contextlib.contextmanager
+    def watching_signals(self):
+        """Lets SIGINT and SIGTERM wait for the end of a step; a second one does not wait.
+
+        An exception in the middle of a step would leave JAX without weights: their memory was
+        given to the step.
+        """
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number, _):
+            self._signals.append(number)
+            signal.signal(number, previous[number])
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # Python handles signals in its main thread alone.
+            return
+        try:
+            for number in previous:
+                signal.signal(number, note)
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _save(self, batch):
+        if not self.run_dir:
+            return
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()  # Between steps, the variables lie behind.
+        seconds = self._spent + time.perf_counter() - self._start if batch else 0.0
+        folder = self.run_dir / "checkpoints"
+        checkpoints.save(folder, self.model, self.epoch, batch, self.rows, seconds)
+
+    def _stop_on_signal(self, batch):
+        if self._signals:
+            raise Interrupted(self._signals[0], self.epoch, batch)
+
+    def _check(self, logs, done):
+        loss = float(logs["loss"])
+        if not math.isfinite(loss):
+            rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+            raise Diverged(
+                f"the loss is {loss} in epoch {self.epoch + 1}, step {done} of {self._total}: "
+                f"training diverged at a learning rate of {rate:g}, try a smaller one"
+            )
+
+    def _stop_clock(self):
+        # A GPU may be steps behind the host: what the last step counted is there once it is done.
+        ops.convert_to_numpy(self.model.optimizer.iterations)
+        self._end = self._end or time.perf_counter()
+
+    def _write_tables(self):
+        """Times stand apart: everything in `history.csv` is the same however a run came about."""
+        if not (self.run_dir and self.rows):
+            return
+        measured = [key for key in self.rows[0] if key != "seconds"]
+        for name, columns in (("history.csv", measured), ("timing.csv", TIMING)):
+            with (
+                whole(self.run_dir / name) as path,
+                open(path, "w", newline="", encoding="utf-8") as lines,
+            ):
+                writer = csv.DictWriter(lines, columns, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+
+def _build_metrics(model):
+    """Makes the variables of compiled metrics, which Keras would make in the first step."""
+    classes = model.output_shape[-1]
+    model.compute_metrics(None, np.zeros((1,), "int32"), np.zeros((1, classes), "float32"))
+    model.reset_metrics()

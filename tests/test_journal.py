@@ -1,0 +1,117 @@
+"""A training that stops anywhere and goes on ends where one that never stopped ends."""
+
+import os
+import signal
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from test_training import colours, small_model, small_recipe
+
+from keras_vit import checkpoints, training
+from keras_vit.journal import Diverged, Interrupted, Journal
+from keras_vit.training import fit
+
+RECIPE = small_recipe(epochs=3, dropout=0.2)  # 96 images: 6 steps an epoch.
+
+
+def learn(run_dir, stop=None, **options):
+    """Trains in a folder; `stop` is when SIGINT comes: an epoch and a batch, counted from one.
+
+    Returns the model, or None if the training was stopped.
+    """
+    dataset, validation = colours(120).hold_out(24, seed=0)
+    model = small_model(dataset)
+
+    class Stopper(Journal):
+        def on_train_batch_end(self, batch, logs=None):
+            if stop == (self.epoch + 1, self.skipped + batch + 1):
+                os.kill(os.getpid(), options.get("kind", signal.SIGINT))
+            super().on_train_batch_end(batch, logs)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(training, "Journal", Stopper)
+    try:
+        fit(model, dataset, RECIPE, 0, validation, run_dir, save_every=options.get("save_every"))
+    except Interrupted as error:
+        assert error.status == 128 + options.get("kind", signal.SIGINT)
+        return None
+    finally:
+        patch.undo()
+    return model
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that was never stopped: its model and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return learn(folder), folder
+
+
+def assert_same(model, folder, whole):
+    expected, expected_folder = whole
+    pairs = zip(checkpoints.state_of(model), checkpoints.state_of(expected), strict=True)
+    for ours, theirs in pairs:
+        ours, theirs = (keras.ops.convert_to_numpy(x) for x in (ours, theirs))
+        np.testing.assert_array_equal(ours, theirs)
+    files = [(path / "history.csv").read_text() for path in (folder, expected_folder)]
+    assert files[0] == files[1]
+    best = [keras.saving.load_model(path / "best.keras") for path in (folder, expected_folder)]
+    for ours, theirs in zip(*(model.get_weights() for model in best), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [[(1, 1)], [(1, 6)], [(2, 3)], [(3, 6)], [(1, 2), (1, 5), (2, 6), (3, 1)]],
+    ids=["first step", "end of an epoch", "middle", "very end", "again and again"],
+)
+def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tmp_path):
+    for stop in stops:
+        assert learn(tmp_path, stop) is None
+    assert_same(learn(tmp_path), tmp_path, whole)
+
+
+def test_sigterm_is_obeyed_like_ctrl_c(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    assert learn(tmp_path, (1, 2), kind=signal.SIGTERM) is None
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoints.newest(tmp_path / "checkpoints").batch == 2
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
+    assert learn(tmp_path, (2, 4), save_every=2) is None
+    paths = sorted((tmp_path / "checkpoints").iterdir())
+    assert [path.name for path in paths] == [
+        "step-000001-00000002.checkpoint",
+        "step-000001-00000004.checkpoint",
+    ]
+    content = bytearray(paths[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    paths[1].write_bytes(content)
+    with pytest.warns(UserWarning, match=paths[1].name):
+        model = learn(tmp_path)
+    assert_same(model, tmp_path, whole)
+
+
+@pytest.mark.parametrize("length", [0, 10, 31, 1000])
+def test_a_checkpoint_that_was_cut_off_is_not_read(length, tmp_path):
+    path = tmp_path / "step-000001-00000000.checkpoint"
+    path.write_bytes(bytes(length))
+    with pytest.warns(UserWarning, match="damaged"):
+        assert checkpoints.newest(tmp_path) is None
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path):
+    assert checkpoints.newest(tmp_path / "missing") is None
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
+    dataset = colours()
+    recipe = small_recipe(epochs=2, learning_rate=1e30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(Diverged, match=r"epoch 1, step \d of 6: .* learning rate of 1e\+30"):
+            fit(small_model(dataset), dataset, recipe, run_dir=tmp_path)
+    assert checkpoints.newest(tmp_path / "checkpoints") is None
