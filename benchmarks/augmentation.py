@@ -111,7 +111,7 @@ def main():
     if options.rounds < 2:
         parser.error("--rounds must be at least 2")
     rows, measured = [], {}
-    on_tensorflow = {"KERAS_BACKEND": "tensorflow"}
+    on_tensorflow = {"KERAS_BACKEND": "tensorflow", **side_by_side.TUNED}
     for side, count in SIZES.items():
         entries = {
             name: (make, (side,), on_tensorflow)

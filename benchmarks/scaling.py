@@ -20,7 +20,11 @@ import numpy as np
 
 from benchmarks import contestants, side_by_side
 
-ENVIRONMENT = {"KERAS_BACKEND": "tensorflow", "TF_CPP_MIN_LOG_LEVEL": "3"}
+ENVIRONMENT = {
+    "KERAS_BACKEND": "tensorflow",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    **side_by_side.TUNED,
+}
 TARGET = 1.3
 HEAD_SIZE = 32
 # Sweeps whose memory should be proportional to what they vary.

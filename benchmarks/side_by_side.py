@@ -14,6 +14,8 @@ import time
 import traceback
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+# What train.py sets before it imports TensorFlow.
+TUNED = {"TF_ENABLE_ONEDNN_OPTS": "1"}
 
 
 def measure(contestants, rounds, warm_up=3):
@@ -22,8 +24,8 @@ def measure(contestants, rounds, warm_up=3):
     Args:
         contestants: dictionary by name of `(make_step, arguments, environment)`; in a new process
             with that environment, `make_step(*arguments)` returns the function to time.
-        rounds: int, steps of each contestant that count.
-        warm_up: int, steps before them.
+        rounds: int, steps of each contestant that count; each follows one that does not.
+        warm_up: int, steps before the first round.
 
     Returns:
         Dictionary by name of `{"seconds": [...], "peak_mib": float, "added_mib": float, "gpu_mib":
@@ -37,23 +39,22 @@ def measure(contestants, rounds, warm_up=3):
         processes.append(context.Process(target=_work, args=(far_end, *contestant), daemon=True))
         processes[-1].start()
         far_end.close()  # Else the death of the process would not be noticed here.
-        _ask(pipes, results, name, warm_up)
+        _ask(pipes, results, name, warm_up, counted=0)
     for _ in range(rounds):
         for name in list(pipes):
             if "error" not in results[name]:
-                _ask(pipes, results, name, 1)
+                # The first step after a wait finds caches that others have filled.
+                _ask(pipes, results, name, 2, counted=1)
     for name, pipe in pipes.items():
         if "error" not in results[name]:
             pipe.send(0)
     for process in processes:
         process.join()
-    for result in results.values():
-        if "error" not in result:
-            result["seconds"] = result["seconds"][warm_up:]
     return results
 
 
-def _ask(pipes, results, name, steps):
+def _ask(pipes, results, name, steps, counted):
+    """Lets a contestant run steps, of which the last ones count."""
     pipes[name].send(steps)
     try:
         answer = pipes[name].recv()
@@ -63,7 +64,7 @@ def _ask(pipes, results, name, steps):
         results[name] = answer
     else:
         result = results.setdefault(name, {"seconds": []})
-        result["seconds"] += answer["seconds"]
+        result["seconds"] += answer["seconds"][steps - counted :]
         result |= {name: answer[name] for name in ("peak_mib", "added_mib", "gpu_mib")}
 
 
