@@ -16,7 +16,7 @@ import tempfile
 import time
 import typing
 
-from keras_vit.files import Busy, locked, whole
+from keras_vit.files import PARTS, Busy, locked, whole
 from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -210,7 +210,7 @@ def run(named):
         # Before the pictures, whose failure must not cost the numbers.
         _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
-        # Without them the run counts as finished.
+        # Without a checkpoint the run counts as finished.
         shutil.rmtree(run_dir / CHECKPOINTS)
     print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
     return 0
@@ -239,8 +239,10 @@ def _fit(model, dataset, recipe, options, validation, run_dir):
 def _start_or_continue(run_dir, settings, overwrite):
     """Prepares a folder for a run, or for the rest of the same run that left a checkpoint there."""
     path = run_dir / "config.json"
-    if not overwrite and (run_dir / CHECKPOINTS).exists() and path.exists():
-        before, now = json.loads(path.read_text(encoding="utf-8")), _plain(settings)
+    for part in run_dir.rglob(PARTS):  # What a killed process was writing.
+        part.unlink()
+    if not overwrite and _has_checkpoint(run_dir) and path.exists():
+        before, now = _settings_of(path), _plain(settings)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -382,7 +384,7 @@ def _run_dir(options):
     name = name.replace("/", "_").replace(":", "_")
     default = f"runs/{name}-{options.recipe}-seed{options.seed}"
     folder = _writable(options.output or default, "--output")
-    finished = (folder / "metrics.json").exists() and not (folder / CHECKPOINTS).exists()
+    finished = (folder / "metrics.json").exists() and not _has_checkpoint(folder)
     if finished and not options.overwrite:
         raise Failure(
             f"{folder} holds a finished run: choose another folder with --output, "
@@ -488,6 +490,20 @@ def _read_config(path, fields):
                 f"{kind.__name__}"
             )
     return settings
+
+
+def _has_checkpoint(folder):
+    return any((folder / CHECKPOINTS).glob("*.checkpoint"))
+
+
+def _settings_of(path):
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise Failure(f"{path} is damaged: start over in its folder with --overwrite")
+    return before
 
 
 def _plain(settings):

@@ -1,5 +1,6 @@
 """Pictures of everything that a run did, enlarged without blur and legible without colour."""
 
+import pathlib
 import shutil
 import sys
 
@@ -10,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 
 from keras_vit.attention import attention_rollout, attention_scores
+from keras_vit.files import whole
 from keras_vit.layers import Patches
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
@@ -146,13 +148,14 @@ def draw_model(model, path):
     try:
         drawing = _folded(model)
         look = {"show_shapes": True, "show_layer_names": True, "dpi": 110}
-        if shutil.which("dot"):
-            keras.utils.plot_model(drawing, path, **look)
-        else:
-            import pygraphviz
+        with whole(pathlib.Path(path)) as part:
+            if shutil.which("dot"):
+                keras.utils.plot_model(drawing, part, **look)
+            else:
+                import pygraphviz
 
-            dot = keras.utils.model_to_dot(drawing, **look)
-            pygraphviz.AGraph(dot.to_string()).draw(str(path), prog="dot")
+                dot = keras.utils.model_to_dot(drawing, **look)
+                pygraphviz.AGraph(dot.to_string()).draw(str(part), prog="dot")
     except Exception as error:
         print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
 
@@ -400,5 +403,6 @@ def _frame(axis, colour, line):
 def _save(figure, path, source):
     if source is not None:
         figure.suptitle(source, x=0.995, ha="right", fontsize=9, color=GREY)
-    figure.savefig(path)
+    with whole(pathlib.Path(path)) as part:
+        figure.savefig(part)
     plt.close(figure)

@@ -10,6 +10,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+PARTS = ".part-*"  # Files that are not complete yet.
+
+
 class Busy(RuntimeError):
     """A folder belongs to another process."""
 
@@ -24,7 +27,7 @@ def whole(path):
     Yields:
         `Path` to write to, with the same ending.
     """
-    beside = path.with_name(f".part-{path.name}")
+    beside = path.with_name(PARTS.replace("*", path.name))
     try:
         yield beside
         with open(beside, "rb+") as file:

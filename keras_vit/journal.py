@@ -8,7 +8,6 @@ import threading
 import time
 
 import keras
-import numpy as np
 from keras import ops
 
 from keras_vit import checkpoints
@@ -35,7 +34,8 @@ class Journal(keras.callbacks.Callback):
     """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
 
     Args:
-        model: a compiled `VisionTransformer`; if the run has a checkpoint, it takes its state.
+        model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, it takes its
+            state.
         batches: `Batches` that `fit` gets.
         run_dir: `Path` of the run's folder; None to write nothing.
         save_every: int, steps between checkpoints inside of an epoch; None for none.
@@ -51,7 +51,6 @@ class Journal(keras.callbacks.Callback):
         self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
         self._total, self._signals = batches.num_batches, []
-        _build_metrics(model)
         self._last = run_dir and checkpoints.newest(run_dir / "checkpoints")
         if self._last:
             self._last.assign(model)
@@ -64,16 +63,19 @@ class Journal(keras.callbacks.Callback):
         if self.skipped:
             self._last.assign(self.model)  # The running metrics were reset since.
         self.batches.start_epoch(epoch + 1, self.skipped)
+        self._done = self.skipped
         self._start, self._end = time.perf_counter(), None
 
     def on_train_batch_end(self, batch, logs=None):
-        done = self.skipped + batch + 1
-        self._check(logs, done)
-        if done >= self._total:
+        before, self._done = self._done, self.skipped + batch + 1
+        self._check(logs)
+        if self._done >= self._total:
             return
-        if self._signals or (self.save_every and done % self.save_every == 0):
-            self._save(done)
-        self._stop_on_signal(done)
+        # Several steps may be done at once.
+        due = self.save_every and self._done // self.save_every > before // self.save_every
+        if self._signals or due:
+            self._save(self._done)
+        self._stop_on_signal(self._done)
 
     def on_test_begin(self, logs=None):
         self._stop_clock()
@@ -84,7 +86,7 @@ class Journal(keras.callbacks.Callback):
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
         is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
         self.rows.append({**row, "seconds": seconds})
-        self.epoch, self.skipped, self._spent = epoch + 1, 0, 0.0
+        self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None
         if self.run_dir and "val_accuracy" in row and is_best:
             with whole(self.run_dir / "best.keras") as path:
                 self.model.save(path)
@@ -129,12 +131,13 @@ class Journal(keras.callbacks.Callback):
         if self._signals:
             raise Interrupted(self._signals[0], self.epoch, batch)
 
-    def _check(self, logs, done):
+    def _check(self, logs):
         loss = float(logs["loss"])
         if not math.isfinite(loss):
             rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
             raise Diverged(
-                f"the loss is {loss} in epoch {self.epoch + 1}, step {done} of {self._total}: "
+                f"the loss is {loss} in epoch {self.epoch + 1}, step {self._done} of "
+                f"{self._total}: "
                 f"training diverged at a learning rate of {rate:g}, try a smaller one"
             )
 
@@ -156,10 +159,3 @@ class Journal(keras.callbacks.Callback):
                 writer = csv.DictWriter(lines, columns, extrasaction="ignore")
                 writer.writeheader()
                 writer.writerows(self.rows)
-
-
-def _build_metrics(model):
-    """Makes the variables of compiled metrics, which Keras would make in the first step."""
-    classes = model.output_shape[-1]
-    model.compute_metrics(None, np.zeros((1,), "int32"), np.zeros((1, classes), "float32"))
-    model.reset_metrics()

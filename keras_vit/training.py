@@ -1,6 +1,7 @@
 """From a recipe to a trained model: building, compiling, fitting."""
 
 import keras
+import numpy as np
 
 from keras_vit.data import Batches, DeviceBatches
 from keras_vit.devices import accelerators, on_jax_accelerator
@@ -159,4 +160,9 @@ def compile_model(model, recipe):
         jit_compile=False if on_tensorflow_cpu else "auto",
         steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,
     )
+    # Left to the first step, which TensorFlow would trace twice for it, and no checkpoint could be
+    # restored before.
     model.optimizer.build(model.trainable_variables)
+    logits = np.zeros((1, model.output_shape[-1]), "float32")
+    model.compute_metrics(None, np.zeros((1,), "int32"), logits)
+    model.reset_metrics()

@@ -219,7 +219,13 @@ def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
 
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    for name in ("metrics.json", "best.keras", "history.csv", "checkpoints/step-1.checkpoint"):
+    for name in (
+        "metrics.json",
+        "best.keras",
+        "history.csv",
+        "checkpoints/step-1.checkpoint",
+        ".part-x",
+    ):
         (run / name).write_text("of the run before")
     monkeypatch.setattr(training, "fit", killed)
     assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 130
