@@ -57,20 +57,26 @@ def save(folder, model, epoch, batch, rows, seconds):
     arrays = {f"{i}": ops.convert_to_numpy(x) for i, x in enumerate(state_of(model))}
     buffer = io.BytesIO()
     np.savez(buffer, place=json.dumps(place), **arrays)
-    content = buffer.getvalue()
-    with whole(folder / f"step-{epoch:06d}-{batch:08d}.checkpoint") as path:
-        path.write_bytes(hashlib.sha256(content).digest() + content)
+    content = buffer.getbuffer()
+    name = f"step-{epoch:06d}-{batch:08d}.checkpoint"
+    with whole(folder / name) as path, open(path, "wb") as file:
+        file.write(hashlib.sha256(content).digest())
+        file.write(content)
     for old in sorted(folder.glob(NAMES))[:-KEPT]:
         old.unlink()
 
 
 def newest(folder):
-    """The newest `Checkpoint` of a folder that is whole; None where there is none."""
+    """The newest `Checkpoint` of a folder that is whole; None where there is none.
+
+    Damaged ones are removed, so that they do not count as the newest two.
+    """
     for path in sorted(folder.glob(NAMES), reverse=True):
         content = path.read_bytes()
         digest, content = content[:32], content[32:]
         if hashlib.sha256(content).digest() != digest:
             warnings.warn(f"{path} is damaged, going on from the one before it", stacklevel=2)
+            path.unlink()
             continue
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
             place = json.loads(str(file["place"]))

@@ -61,7 +61,7 @@ class Run:
     figures_dir: str = option("figures", "folder of the pictures")
     overwrite: bool = option(False, "start over in a folder that holds a run")
     save_every: int | None = option(
-        None, "steps between checkpoints, beside the one after each epoch", low=1
+        None, "least steps between checkpoints, beside the one after each epoch", low=1
     )
     tensorboard: bool = option(False, "write TensorBoard's logs into the run folder")
 
@@ -168,7 +168,7 @@ def run(named):
         )
 
     dataset = _load(options, named)
-    if dataset.name == "digits" != options.dataset:
+    if dataset.name == "digits" and not options.dataset.endswith(("digits", ".npz")):
         options, recipe = settle({**named, "dataset": "digits"})
     run_dir = _run_dir(options)
     if "epochs" not in named and not devices.accelerators():
@@ -193,10 +193,13 @@ def run(named):
         # Linux would grant it, and kill the process once it is used.
         raise _too_large(recipe)
 
-    for folder in (run_dir, figures_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir), _saying_where_writing_fails(run_dir):
+    with _saying_where_writing_fails(run_dir), contextlib.ExitStack() as stack:
+        for folder in (run_dir, figures_dir):
+            folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(locked(run_dir))
+        _run_dir(options)  # Another process may have finished there since.
         settings = {**dataclasses.asdict(options), **dataclasses.asdict(recipe)}
+        settings["backend"] = keras.backend.backend()
         del settings["overwrite"]  # A wish for this once, not for every repetition.
         _start_or_continue(run_dir, settings, options.overwrite)
         count = f"{len(dataset.train_images):,}"
@@ -225,10 +228,11 @@ def _fit(model, dataset, recipe, options, validation, run_dir):
     try:
         return training.fit(model, dataset, recipe, options.seed, validation, run_dir, *extras)
     except Diverged as error:
-        raise Failure(str(error), status=3) from error
+        raise Failure(f"{error} (and --overwrite)", status=3) from error
     except Interrupted as error:
+        same = "The same command" + (" without --overwrite" if options.overwrite else "")
         raise Failure(
-            f"{error}: interrupted and saved. The same command goes on from there", error.status
+            f"{error}: interrupted and saved. {same} goes on from there", error.status
         ) from error
     except Exception as error:  # Each backend has a class of its own for this.
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
@@ -239,8 +243,9 @@ def _fit(model, dataset, recipe, options, validation, run_dir):
 def _start_or_continue(run_dir, settings, overwrite):
     """Prepares a folder for a run, or for the rest of the same run that left a checkpoint there."""
     path = run_dir / "config.json"
-    for part in run_dir.rglob(PARTS):  # What a killed process was writing.
-        part.unlink()
+    for folder in (run_dir, run_dir / CHECKPOINTS):
+        for part in folder.glob(PARTS):  # What a killed process was writing.
+            part.unlink()
     if not overwrite and _has_checkpoint(run_dir) and path.exists():
         before, now = _settings_of(path), _plain(settings)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
@@ -260,7 +265,8 @@ def _start_or_continue(run_dir, settings, overwrite):
         # What an earlier run saved as `model.keras` stays until this one has a model of its own.
         for name in ("metrics.json", "best.keras", "history.csv", "timing.csv"):
             (run_dir / name).unlink(missing_ok=True)
-        shutil.rmtree(run_dir / CHECKPOINTS, ignore_errors=True)
+        if (run_dir / CHECKPOINTS).exists():
+            shutil.rmtree(run_dir / CHECKPOINTS)
     _write_json(path, settings)
 
 
@@ -270,8 +276,8 @@ def _saying_where_writing_fails(run_dir):
         yield
     except OSError as error:
         raise Failure(
-            f"{error.filename or run_dir} cannot be written: {error.strerror or error}. What the "
-            "run had saved before is still there",
+            f"{error.filename or run_dir} cannot be read or written: {error.strerror or error}. "
+            "What the run had saved before is still there",
             status=1,
         ) from error
 

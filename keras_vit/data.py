@@ -6,6 +6,7 @@ import logging
 import math
 import pathlib
 import zipfile
+import zlib
 
 import keras
 import numpy as np
@@ -32,6 +33,16 @@ RESIZED_SIDE, LARGEST = 64, 128
 RESIDENT_BYTES = 4 * 2**30
 # What Keras's own data sets name their arrays.
 NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# What NumPy raises over a file that holds something else or is damaged.
+UNREADABLE = (
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class DatasetError(RuntimeError):
@@ -203,7 +214,7 @@ def _load_npz(source):
             names = [str(name) for name in file["class_names"]] if "class_names" in file else None
     except OSError as error:
         raise DatasetError(f"{source} cannot be read: {error.strerror or error}") from error
-    except (EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         wanted = ", ".join(NPZ_ARRAYS)
         raise DatasetError(f"{source} does not hold {wanted} ({_first_line(error)})") from error
     splits = [_checked(source, *pair) for pair in (arrays[:2], arrays[2:])]
@@ -225,7 +236,7 @@ def _load_npz(source):
 def _checked(source, images, labels):
     """Images and labels of a file as a `Dataset` holds them."""
     images = images[..., None] if images.ndim == 3 else images
-    labels = labels.reshape(-1) if labels.shape == (len(labels), 1) else labels
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if images.ndim != 4 or images.dtype != np.uint8 or 0 in images.shape:
         raise DatasetError(
             f"{source} has images of shape {images.shape} and type {images.dtype}, expected "

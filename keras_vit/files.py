@@ -27,7 +27,7 @@ def whole(path):
     Yields:
         `Path` to write to, with the same ending.
     """
-    beside = path.with_name(PARTS.replace("*", path.name))
+    beside = path.with_name(PARTS.replace("*", f"{os.getpid()}-{path.name}"))
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -54,6 +54,8 @@ def _flush_names(folder):
 def locked(folder):
     """Keeps a folder from other processes; the lock ends with the process, however that ends.
 
+    Windows, and file systems that know no locks, do without.
+
     Args:
         folder: `Path` of an existing folder.
 
@@ -67,6 +69,8 @@ def locked(folder):
             except BlockingIOError:
                 file.seek(0)
                 raise Busy(f"{folder} is in use by {file.read().strip()}") from None
+            except OSError:
+                pass  # A file system without locks.
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")

@@ -38,7 +38,8 @@ class Journal(keras.callbacks.Callback):
             state.
         batches: `Batches` that `fit` gets.
         run_dir: `Path` of the run's folder; None to write nothing.
-        save_every: int, steps between checkpoints inside of an epoch; None for none.
+        save_every: int, least number of steps between checkpoints inside of an epoch; None for
+            none.
 
     Attributes:
         rows: list of dictionaries, what each complete epoch measured.
@@ -67,7 +68,8 @@ class Journal(keras.callbacks.Callback):
         self._start, self._end = time.perf_counter(), None
 
     def on_train_batch_end(self, batch, logs=None):
-        before, self._done = self._done, self.skipped + batch + 1
+        # The number of the last of several steps at once may be beyond the end.
+        before, self._done = self._done, min(self.skipped + batch + 1, self._total)
         self._check(logs)
         if self._done >= self._total:
             return
@@ -102,6 +104,8 @@ class Journal(keras.callbacks.Callback):
         given to the step.
         """
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        # Handlers that are not Python's could not be put back.
+        previous = {number: handler for number, handler in previous.items() if handler is not None}
 
         def note(number, _):
             self._signals.append(number)
@@ -114,6 +118,7 @@ class Journal(keras.callbacks.Callback):
             for number in previous:
                 signal.signal(number, note)
             yield
+            self._stop_on_signal(0)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)

@@ -105,15 +105,16 @@ def fit(
             checkpoints and TensorBoard's logs. What it holds of an earlier training is taken as
             the start of this one.
         tensorboard: bool, whether to write those logs.
-        save_every: int, steps between checkpoints inside of an epoch; there is always one at its
-            end.
+        save_every: int, least number of steps between checkpoints inside of an epoch; there is
+            always one at its end.
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
         `seconds`, and `val_loss` and `val_accuracy` with `validation`.
 
     Raises:
-        Interrupted: once the step in which SIGINT or SIGTERM came is done and saved.
+        Interrupted: once the step, or the steps run at once, in which SIGINT or SIGTERM came are
+            done and saved.
         Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
     """
     compile_model(model, recipe)

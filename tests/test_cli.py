@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 from keras_vit import cli, data, devices, figures, files, training
@@ -351,6 +352,19 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+def test_a_folder_in_which_a_run_finished_meanwhile_is_left_alone(capsys, monkeypatch, tmp_path):
+    def finished_meanwhile(*arguments):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.json").write_text("of the other run")
+        return build(*arguments)
+
+    build = training.build_model
+    monkeypatch.setattr(training, "build_model", finished_meanwhile)
+    assert train("--dataset=digits", folder=tmp_path) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").read_text() == "of the other run"
+
+
 def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "draw_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
@@ -371,6 +385,16 @@ def test_a_folder_that_another_run_has_is_refused(capsys, tmp_path):
     with files.locked(tmp_path / "run"):
         assert train("--dataset=digits", folder=tmp_path) == 2
     assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_a_file_named_like_the_digits_is_not_taken_for_them(tmp_path):
+    digits = data.load_dataset("digits")
+    arrays = {"x_train": digits.train_images[:300], "y_train": digits.train_labels[:300]}
+    arrays |= {"x_test": digits.test_images[:50], "y_test": digits.test_labels[:50]}
+    path = tmp_path / "digits.npz"
+    np.savez(path, **arrays)
+    assert train(f"--dataset={path}", folder=tmp_path) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"] == str(path)
 
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_line(capsys, monkeypatch, tmp_path):

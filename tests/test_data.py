@@ -258,6 +258,7 @@ def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_
         ({"y_train": np.arange(5)}, "whole number"),
         ({"y_train": np.full(6, -1)}, "whole number"),
         ({"y_train": np.zeros(6)}, "float64"),
+        ({"y_train": np.array(3)}, "whole number"),
         ({"y_train": np.zeros(6, int)}, "two or more"),
         ({"y_test": np.array([0, 1, 7])}, "up to 7"),
         ({"class_names": np.array(["one", "two"])}, "2 classes"),
@@ -270,10 +271,13 @@ def test_a_file_with_other_arrays_is_refused(changes, message, tmp_path):
         load_dataset(str(tmp_path / "data.npz"))
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04broken"])
+@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04broken", "an array"])
 def test_what_is_no_archive_is_refused(content, tmp_path):
     path = tmp_path / "data.npz"
-    if content is not None:
+    if content == "an array":
+        np.save(path.with_suffix(".npy"), np.zeros(3))
+        path.with_suffix(".npy").rename(path)
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"data\.npz"):
         load_dataset(str(path))
