@@ -14,6 +14,7 @@ _HOMES = {
     "attention_rollout": "keras_vit.attention",
     "attention_scores": "keras_vit.attention",
     "load_dataset": "keras_vit.data",
+    "load_model": "keras_vit.loading",
 }
 __all__ = list(_HOMES)
 

@@ -1,4 +1,4 @@
-"""Checks of arguments that the layers and the model share."""
+"""Checks of arguments that layers, model and rollout share."""
 
 import numbers
 
@@ -14,3 +14,30 @@ def positive_integer(name, value):
             f"Expected `{name}` to be an integer of at least 1. Received: {name}={value!r}"
         )
     return int(value)
+
+
+def shape_of_image(image_shape):
+    """`image_shape` as a tuple of three ints.
+
+    Raises:
+        ValueError: if it is not three integers of at least 1.
+    """
+    try:
+        height, width, channels = (positive_integer("", size) for size in image_shape)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected `image_shape` to be (height, width, channels), integers of at least 1. "
+            f"Received: image_shape={image_shape!r}"
+        ) from None
+    return height, width, channels
+
+
+def share_below_one(name, value):
+    """`value`, if it is a number in [0, 1).
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(f"Expected `{name}` to lie in [0, 1). Received: {name}={value!r}")
+    return value

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vit.arguments import share_below_one
+
 BATCH_SIZE = 64
 
 
@@ -20,13 +22,21 @@ def attention_scores(model, images):
         token, the others are the patches, row by row.
 
     Raises:
-        ValueError: if the model has no `MultiHeadAttention` layer.
+        ValueError: if the model has no `MultiHeadAttention` layer, or takes images of another
+            shape.
     """
     attentions = [x for x in model.layers if isinstance(x, keras.layers.MultiHeadAttention)]
     if not attentions:
         raise ValueError(
             "Expected a model with `MultiHeadAttention` layers in its graph. "
             f"Received: model={model.name!r} with none"
+        )
+    shape, expected = tuple(images.shape), model.input_shape
+    fits = len(shape) == len(expected) and all(b in (a, None) for a, b in zip(shape, expected))
+    if not fits or 0 in shape:
+        raise ValueError(
+            f"Expected `images` of shape {expected} with at least one of them. "
+            f"Received: images.shape={shape}"
         )
     scores = [_Scores(attention)(attention.input) for attention in attentions]
     explainer = keras.Model(model.input, ops.stack(scores, axis=1))
@@ -66,16 +76,16 @@ def attention_rollout(scores, head_fusion="mean", discard_ratio=0.0):
     if not np.issubdtype(scores.dtype, np.floating):
         scores = scores.astype("float32")
     if not np.isfinite(scores).all() or (scores < 0).any():
-        raise ValueError("Expected `scores` to be finite and non-negative.")
+        raise ValueError(
+            "Expected `scores` to be finite and non-negative. Received: numbers from "
+            f"{scores.min()} to {scores.max()}"
+        )
     if head_fusion not in ("mean", "max", "min"):
         raise ValueError(
             "Expected `head_fusion` to be 'mean', 'max' or 'min'. "
             f"Received: head_fusion={head_fusion!r}"
         )
-    if not 0 <= discard_ratio < 1:
-        raise ValueError(
-            f"Expected `discard_ratio` to lie in [0, 1). Received: discard_ratio={discard_ratio!r}"
-        )
+    share_below_one("discard_ratio", discard_ratio)
 
     identity = np.eye(scores.shape[-1], dtype=scores.dtype)
     rollout = np.broadcast_to(identity, scores[:, 0, 0].shape)

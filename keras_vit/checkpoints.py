@@ -30,6 +30,7 @@ class Checkpoint:
         batch: int, batches of the next one that are learned already.
         rows: list of dictionaries, what each complete epoch measured.
         seconds: float, how long the batches of the next epoch took.
+        data: string, digest of the training images and labels.
         arrays: list of NumPy arrays, one for each variable of `state_of`.
     """
 
@@ -37,6 +38,7 @@ class Checkpoint:
     batch: int
     rows: list
     seconds: float
+    data: str
     arrays: list
 
     def assign(self, model):
@@ -50,15 +52,21 @@ def state_of(model):
     return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
 
 
-def save(folder, model, epoch, batch, rows, seconds):
-    """Writes a checkpoint and removes all but the newest two; arguments as in `Checkpoint`."""
+def copy_of_state(model):
+    """NumPy arrays of `state_of` that stay as they are while training goes on."""
+    return [np.array(ops.convert_to_numpy(variable)) for variable in state_of(model)]
+
+
+def save(folder, checkpoint):
+    """Writes a checkpoint into a folder and removes all but the newest two."""
     folder.mkdir(exist_ok=True)
-    place = {"epoch": epoch, "batch": batch, "rows": rows, "seconds": seconds}
-    arrays = {f"{i}": ops.convert_to_numpy(x) for i, x in enumerate(state_of(model))}
+    place = {key: value for key, value in vars(checkpoint).items() if key != "arrays"}
     buffer = io.BytesIO()
-    np.savez(buffer, place=json.dumps(place), **arrays)
+    np.savez(
+        buffer, place=json.dumps(place), **{f"{i}": x for i, x in enumerate(checkpoint.arrays)}
+    )
     content = buffer.getbuffer()
-    name = f"step-{epoch:06d}-{batch:08d}.checkpoint"
+    name = f"step-{checkpoint.epoch:06d}-{checkpoint.batch:08d}.checkpoint"
     with whole(folder / name) as path, open(path, "wb") as file:
         file.write(hashlib.sha256(content).digest())
         file.write(content)

@@ -16,7 +16,7 @@ import tempfile
 import time
 import typing
 
-from keras_vit.files import PARTS, Busy, locked, whole
+from keras_vit.files import CHECKSUMS, PARTS, Busy, locked, whole, write_checksums
 from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -88,7 +88,7 @@ def main(arguments=None):
     try:
         return run(parse(arguments))
     except (Busy, Failure) as failure:
-        print(f"error: {failure}", file=sys.stderr)
+        print("error:", " ".join(str(failure).split()), file=sys.stderr)
         return getattr(failure, "status", 2)
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
@@ -116,6 +116,8 @@ def parse(arguments=None):
             _add_option(group, field)
 
     named = vars(parser.parse_args(arguments))
+    if named.get("config") == "":
+        raise Failure("--config must not be empty")
     if "config" in named:
         named = {**_read_config(named.pop("config"), fields), **named}
     for name, value in named.items():
@@ -183,15 +185,13 @@ def run(named):
             dataset = dataset.limit_train(options.limit_train, options.seed)
         keras.utils.set_random_seed(options.seed)
         dtype = "mixed_bfloat16" if options.mixed_precision else "float32"
+        needed = training.least_memory(recipe, dataset, dtype)
+        if not devices.accelerators() and needed > _memory():
+            # Linux would grant it, and kill the process once it is used.
+            raise _too_large(recipe)
         model = training.build_model(dataset, recipe, dtype)
     except ValueError as error:
-        raise Failure(" ".join(str(error).split())) from error
-
-    count = len(dataset.train_labels)
-    needed = training.least_memory(recipe, dataset.image_shape, count, dtype)
-    if not devices.accelerators() and needed > _memory():
-        # Linux would grant it, and kill the process once it is used.
-        raise _too_large(recipe)
+        raise Failure(str(error)) from error
 
     with _saying_where_writing_fails(run_dir), contextlib.ExitStack() as stack:
         for folder in (run_dir, figures_dir):
@@ -213,6 +213,7 @@ def run(named):
         # Before the pictures, whose failure must not cost the numbers.
         _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
+        write_checksums(run_dir)
         # Without a checkpoint the run counts as finished.
         shutil.rmtree(run_dir / CHECKPOINTS)
     print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
@@ -222,13 +223,17 @@ def run(named):
 def _fit(model, dataset, recipe, options, validation, run_dir):
     """Trains; returns the history, or raises a `Failure` for what one line can explain."""
     from keras_vit import training
-    from keras_vit.journal import Diverged, Interrupted
+    from keras_vit.journal import Diverged, Interrupted, OtherData
 
     extras = options.tensorboard, options.save_every
     try:
         return training.fit(model, dataset, recipe, options.seed, validation, run_dir, *extras)
     except Diverged as error:
         raise Failure(f"{error} (and --overwrite)", status=3) from error
+    except OtherData as error:
+        raise Failure(
+            f"{error}: choose another folder with --output, or start over with --overwrite"
+        ) from error
     except Interrupted as error:
         same = "The same command" + (" without --overwrite" if options.overwrite else "")
         raise Failure(
@@ -263,7 +268,7 @@ def _start_or_continue(run_dir, settings, overwrite):
         print(f"Going on with the run in {run_dir}.")
     else:
         # What an earlier run saved as `model.keras` stays until this one has a model of its own.
-        for name in ("metrics.json", "best.keras", "history.csv", "timing.csv"):
+        for name in ("metrics.json", "best.keras", "history.csv", "timing.csv", CHECKSUMS):
             (run_dir / name).unlink(missing_ok=True)
         if (run_dir / CHECKPOINTS).exists():
             shutil.rmtree(run_dir / CHECKPOINTS)
@@ -292,8 +297,9 @@ def _memory():
 
 def _too_large(recipe):
     return Failure(
-        f"--batch-size {recipe.batch_size} needs more memory than this machine has: try a smaller "
-        "one, a smaller model or a larger --patch-size"
+        f"a model of --embed-dim {recipe.embed_dim} and --depth {recipe.depth} on batches of "
+        f"--batch-size {recipe.batch_size} needs more memory than this machine has: try smaller "
+        "ones, or a larger --patch-size"
     )
 
 
@@ -442,6 +448,10 @@ def _check(field, value):
         return
     limits = field.metadata
     flag = "--" + field.name.replace("_", "-")
+    if value == "":
+        raise Failure(f"{flag} must not be empty")
+    if isinstance(value, str) and "\0" in value:
+        raise Failure(f"{flag} must hold no null byte, but is {value!r}")
     for number in value if isinstance(value, (tuple, list)) else [value]:
         if isinstance(number, float) and not math.isfinite(number):
             raise Failure(f"{flag} must be a finite number, but is {number}")
@@ -477,7 +487,7 @@ def _read_config(path, fields):
         settings = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise Failure(f"--config {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Failure(f"--config {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise Failure(f"--config {path} must hold an object, but holds {settings!r:.40}")
@@ -489,7 +499,7 @@ def _read_config(path, fields):
             numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
             settings[name] = tuple(value) if numbers else value
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            settings[name] = float(value)
+            settings[name] = value * 1.0 if abs(value) < sys.float_info.max else math.inf
         if type(settings[name]) is not kind and not (value is None and field.default is None):
             raise Failure(
                 f"--config {path} has {name} = {value!r:.40}, expected a value of type "

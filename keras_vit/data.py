@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import math
 import pathlib
@@ -181,6 +182,14 @@ def load_dataset(source="cifar10", data_dir=None):
     if source == "digits":
         return _load_digits()
     return _load_npz(source) if source.endswith(".npz") else _load_tfds(source, data_dir)
+
+
+def digest(images, labels):
+    """A string that differs for different images, labels or orders of them."""
+    content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
+    for array in (images, labels):
+        content.update(np.ascontiguousarray(array))
+    return content.hexdigest()
 
 
 def stratified_split(labels, count, seed):

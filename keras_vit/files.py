@@ -1,6 +1,7 @@
 """Files that are there whole or as they were before, and folders that one process owns."""
 
 import contextlib
+import hashlib
 import os
 import platform
 
@@ -11,6 +12,7 @@ except ImportError:  # Windows
 
 
 PARTS = ".part-*"  # Files that are not complete yet.
+CHECKSUMS = "SHA256SUMS"
 
 
 class Busy(RuntimeError):
@@ -48,6 +50,15 @@ def _flush_names(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_checksums(folder):
+    """Writes `SHA256SUMS`, which `sha256sum --check` reads, about the visible files of a folder."""
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    named = [path for path in paths if not path.name.startswith(".") and path.name != CHECKSUMS]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in named]
+    with whole(folder / CHECKSUMS) as path:
+        path.write_text("".join(lines), encoding="utf-8")
 
 
 @contextlib.contextmanager

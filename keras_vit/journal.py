@@ -1,5 +1,6 @@
 """What a run keeps of its training while it goes: its history, its best model, its checkpoints."""
 
+import concurrent.futures
 import contextlib
 import csv
 import math
@@ -30,8 +31,14 @@ class Diverged(Exception):
     """The loss became NaN or infinite."""
 
 
+class OtherData(Exception):
+    """A run was begun with other training images or labels than it shall go on with."""
+
+
 class Journal(keras.callbacks.Callback):
     """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
+
+    Checkpoints are copied between two steps and written while training goes on.
 
     Args:
         model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, it takes its
@@ -40,6 +47,10 @@ class Journal(keras.callbacks.Callback):
         run_dir: `Path` of the run's folder; None to write nothing.
         save_every: int, least number of steps between checkpoints inside of an epoch; None for
             none.
+        data: string, digest of the training images and labels.
+
+    Raises:
+        OtherData: if the run has a checkpoint with another digest.
 
     Attributes:
         rows: list of dictionaries, what each complete epoch measured.
@@ -47,17 +58,22 @@ class Journal(keras.callbacks.Callback):
         skipped: int, how many batches of the next one were learned by an earlier process.
     """
 
-    def __init__(self, model, batches, run_dir=None, save_every=None):
+    def __init__(self, model, batches, run_dir=None, save_every=None, data=""):
         super().__init__()
+        self.data = data
         self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
         self._total, self._signals = batches.num_batches, []
         self._last = run_dir and checkpoints.newest(run_dir / "checkpoints")
+        self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
+        self._written = self._writer.submit(int)  # Nothing yet.
         if self._last:
+            if self._last.data != data:
+                raise OtherData(f"{run_dir} was begun with other training images or labels")
             self._last.assign(model)
             self.rows, self.epoch = self._last.rows, self._last.epoch
             self.skipped, self._spent = self._last.batch, self._last.seconds
-            self._write_tables()
+            self._write_tables(self.rows)
 
     def start_epoch(self, epoch):
         """To be called when an epoch, counted from zero, begins, before other callbacks."""
@@ -93,11 +109,23 @@ class Journal(keras.callbacks.Callback):
             with whole(self.run_dir / "best.keras") as path:
                 self.model.save(path)
         self._save(0)
-        self._write_tables()
         self._stop_on_signal(0)
 
     @contextlib.contextmanager
-    def watching_signals(self):
+    def at_work(self):
+        """To be around `fit`: signals wait for the end of a step, the end for what is written.
+
+        Raises what went wrong while a checkpoint was written.
+        """
+        try:
+            with self._watching_signals():
+                yield
+        finally:
+            self._writer.shutdown()
+            self._written.result()
+
+    @contextlib.contextmanager
+    def _watching_signals(self):
         """Lets SIGINT and SIGTERM wait for the end of a step; a second one does not wait.
 
         An exception in the middle of a step would leave JAX without weights: their memory was
@@ -129,8 +157,15 @@ class Journal(keras.callbacks.Callback):
         if keras.backend.backend() == "jax":
             self.model.jax_state_sync()  # Between steps, the variables lie behind.
         seconds = self._spent + time.perf_counter() - self._start if batch else 0.0
-        folder = self.run_dir / "checkpoints"
-        checkpoints.save(folder, self.model, self.epoch, batch, self.rows, seconds)
+        place = self.epoch, batch, list(self.rows), seconds, self.data
+        checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
+        self._written.result()  # One at a time.
+        self._written = self._writer.submit(self._write, checkpoint)
+
+    def _write(self, checkpoint):
+        checkpoints.save(self.run_dir / "checkpoints", checkpoint)
+        if not checkpoint.batch:
+            self._write_tables(checkpoint.rows)
 
     def _stop_on_signal(self, batch):
         if self._signals:
@@ -151,11 +186,11 @@ class Journal(keras.callbacks.Callback):
         ops.convert_to_numpy(self.model.optimizer.iterations)
         self._end = self._end or time.perf_counter()
 
-    def _write_tables(self):
+    def _write_tables(self, rows):
         """Times stand apart: everything in `history.csv` is the same however a run came about."""
-        if not (self.run_dir and self.rows):
+        if not rows:
             return
-        measured = [key for key in self.rows[0] if key != "seconds"]
+        measured = [key for key in rows[0] if key != "seconds"]
         for name, columns in (("history.csv", measured), ("timing.csv", TIMING)):
             with (
                 whole(self.run_dir / name) as path,
@@ -163,4 +198,4 @@ class Journal(keras.callbacks.Callback):
             ):
                 writer = csv.DictWriter(lines, columns, extrasaction="ignore")
                 writer.writeheader()
-                writer.writerows(self.rows)
+                writer.writerows(rows)

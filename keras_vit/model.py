@@ -4,7 +4,7 @@ import contextlib
 
 import keras
 
-from keras_vit.arguments import positive_integer
+from keras_vit.arguments import positive_integer, shape_of_image, share_below_one
 from keras_vit.execution import can_scan, scanned_train_function
 from keras_vit.layers import (
     ClassToken,
@@ -85,13 +85,8 @@ class VisionTransformer(keras.Model):
             "depth": depth,
         }
         sizes = {name: positive_integer(name, size) for name, size in sizes.items()}
-        if len(image_shape) != 3:
-            raise ValueError(
-                "Expected `image_shape` to be (height, width, channels). "
-                f"Received: image_shape={image_shape!r}"
-            )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"Expected `dropout` to lie in [0, 1). Received: dropout={dropout!r}")
+        image_shape = shape_of_image(image_shape)
+        share_below_one("dropout", dropout)
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
@@ -123,7 +118,7 @@ class VisionTransformer(keras.Model):
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
         self._config = {
-            "image_shape": tuple(image_shape),
+            "image_shape": image_shape,
             "dropout": dropout,
             "dtype": policy.name,
             **sizes,

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_vit.data import Batches, DeviceBatches
+from keras_vit.data import Batches, DeviceBatches, digest
 from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.journal import Journal
 from keras_vit.model import VisionTransformer, default_augmentation
@@ -32,23 +32,24 @@ def step_schedule(learning_rate, epochs, milestones):
     return schedule, falls
 
 
-def least_memory(recipe, image_shape, images, dtype):
-    """Bytes that a training step holds at the very least: tokens and attention of all blocks.
+def least_memory(recipe, dataset, dtype):
+    """Bytes that a training step holds at the very least.
 
-    A step of the baseline takes about half as much again.
+    Kernels with their gradients and AdamW's two averages, tokens and attention of all blocks. A
+    step of the baseline takes about half as much again.
 
     Args:
         recipe: a `Recipe`.
-        image_shape: tuple `(H, W, C)`.
-        images: int, number of training images.
+        dataset: a `Dataset`.
         dtype: `"float32"` or `"mixed_bfloat16"`.
     """
-    height, width, _ = image_shape
+    height, width, _ = dataset.image_shape
     tokens = (height // recipe.patch_size) * (width // recipe.patch_size) + 1
     by_block = tokens * (8 * recipe.embed_dim + 2 * recipe.mlp_dim)
     by_block += 2 * recipe.num_heads * tokens**2
-    numbers = min(recipe.batch_size, images) * recipe.depth * by_block
-    return numbers * (4 if dtype == "float32" else 2)
+    numbers = min(recipe.batch_size, len(dataset.train_labels)) * recipe.depth * by_block
+    kernels = recipe.depth * (4 * recipe.embed_dim**2 + 2 * recipe.embed_dim * recipe.mlp_dim)
+    return numbers * (4 if dtype == "float32" else 2) + 16 * kernels
 
 
 def build_model(dataset, recipe, dtype=None):
@@ -116,11 +117,13 @@ def fit(
         Interrupted: once the step, or the steps run at once, in which SIGINT or SIGTERM came are
             done and saved.
         Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
+        OtherData: if the run was begun with other training images or labels.
     """
     compile_model(model, recipe)
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-    journal = Journal(model, batches, run_dir, save_every)
+    data = digest(dataset.train_images, dataset.train_labels) if run_dir else ""
+    journal = Journal(model, batches, run_dir, save_every, data)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
         keras.callbacks.LearningRateScheduler(schedule),
@@ -134,7 +137,7 @@ def fit(
         "validation_batch_size": recipe.batch_size,
         "callbacks": callbacks,
     }
-    with journal.watching_signals():
+    with journal.at_work():
         # The rest of an interrupted epoch, which is shorter than the others.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)

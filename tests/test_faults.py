@@ -6,6 +6,7 @@ same bits as in a run that was left alone.
 """
 
 import collections
+import concurrent.futures
 import hashlib
 import json
 import multiprocessing
@@ -31,8 +32,8 @@ pytestmark = [
     ),
 ]
 
-KILLS = 30
-EPOCHS, STEPS, SAVE_EVERY = 14, 12, 2  # 96 images in batches of 8
+KILLS = 15  # Of each of two runs
+EPOCHS, STEPS, SAVE_EVERY = 8, 12, 2  # 96 images in batches of 8
 SIZES = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--patch-size=8"]
 DATA = ["--dataset=digits", "--limit-train=96", "--batch-size=8", "--validation=20"]
 
@@ -44,26 +45,25 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["keras_vit.figures", "keras_vit.training", "sklearn.datasets"])
 
 
-def run(folder, epochs, die_at, silent):
+def run(folder, epochs, die_at, output):
     """What a child does: `train.py` in a folder; dies at the so-manieth write if asked to."""
     from keras_vit import checkpoints, cli
 
-    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    output = os.open(output / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     save = checkpoints.save
 
-    def noted(place, model, epoch, batch, *rest):
-        save(place, model, epoch, batch, *rest)
+    def noted(place, checkpoint):
+        save(place, checkpoint)
         digest = hashlib.sha256()
-        for variable in checkpoints.state_of(model):
-            digest.update(np.ascontiguousarray(keras.ops.convert_to_numpy(variable)))
+        for array in checkpoint.arrays:
+            digest.update(np.ascontiguousarray(array))
         with open(folder / "notes.txt", "a") as notes:
-            notes.write(f"{epoch} {batch} {digest.hexdigest()}\n")
+            notes.write(f"{checkpoint.epoch} {checkpoint.batch} {digest.hexdigest()}\n")
 
     checkpoints.save = noted
-    if silent:
-        cli.draw = lambda *_: None
+    cli.draw = lambda *_: None  # Pictures take seconds and are tested elsewhere.
     if die_at:
         _die_at(die_at)
     arguments = [f"--epochs={epochs}", f"--save-every={SAVE_EVERY}", *DATA, *SIZES]
@@ -86,9 +86,9 @@ def _die_at(count):
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
 
 
-def start(folder, epochs=EPOCHS, die_at=None, silent=True):
+def start(folder, epochs=EPOCHS, die_at=None, output=None):
     folder.mkdir(exist_ok=True)
-    process = context.Process(target=run, args=(folder, epochs, die_at, silent))
+    process = context.Process(target=run, args=(folder, epochs, die_at, output or folder))
     process.start()
     return process
 
@@ -151,47 +151,65 @@ def assert_nothing_lost(folder, undisturbed, epochs):
     assert not list((folder / "run").rglob(".part-*"))
 
 
-def test_kills_at_random_moments(undisturbed, tmp_path):
-    luck, folder = random.Random(0), tmp_path / "killed"
-    undisturbed(EPOCHS)
-    kills = 0
-    while kills < KILLS:
+def two_at_a_time(function, items):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
+def kill_often(folder, seed):
+    """Kills a run again and again, and lets it end; returns how often."""
+    luck = random.Random(seed)
+    for kills in range(KILLS):
         process = start(folder)
         before, deadline = len(notes(folder)), time.monotonic() + 120
         # Some die before they learn anything, most soon after a checkpoint or within one.
         wanted = before + luck.choice([0, 1, 1, 2, 3])
-        while len(notes(folder)) < wanted and time.monotonic() < deadline:
-            if not process.is_alive():
-                break
+        while len(notes(folder)) < wanted and time.monotonic() < deadline and process.is_alive():
             time.sleep(0.002)
         time.sleep(luck.uniform(0, 0.05) if wanted > before else luck.uniform(0, 4))
         if not process.is_alive():
-            break
+            return kills
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += 1
     if not is_finished(folder):
         finish(folder)
-    assert kills == KILLS, f"the run was over after {kills} kills: make it longer"
-    assert_nothing_lost(folder, undisturbed, EPOCHS)
-    FAULTS["kills at random moments"] = (kills, kills, lost_epochs(folder), 0)
+    return KILLS
+
+
+def test_kills_at_random_moments(undisturbed, tmp_path):
+    undisturbed(EPOCHS)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    kills = two_at_a_time(lambda folder: kill_often(folder, folder.name), folders)
+    assert kills == [KILLS, KILLS], "the runs were over too early: make them longer"
+    for folder in folders:
+        assert_nothing_lost(folder, undisturbed, EPOCHS)
+    lost = max(lost_epochs(folder) for folder in folders)
+    FAULTS["kills at random moments"] = (sum(kills), sum(kills), lost, 0)
 
 
 def test_a_kill_inside_every_write(undisturbed, tmp_path):
     """One epoch of two checkpoints, its numbers and its model: each flush and rename in turn."""
-    died = 0
-    for count in range(1, 200):
+    undisturbed(1)
+
+    def is_reached(count):
         folder = tmp_path / str(count)
         process = start(folder, epochs=1, die_at=count)
         process.join(120)
         if process.exitcode == 0:
-            break
+            return False
         assert process.exitcode == -signal.SIGKILL, (folder / "output.txt").read_text()[-2000:]
-        died += 1
         if not is_finished(folder):
             finish(folder, epochs=1)
         assert_nothing_lost(folder, undisturbed, 1)
         shutil.rmtree(folder)
+        return True
+
+    died = 0
+    for first in range(1, 200, 2):
+        reached = two_at_a_time(is_reached, [first, first + 1])
+        died += sum(reached)
+        if not all(reached):
+            break
     assert died > 20
     FAULTS["kills inside a write"] = (died, died, 0, 0)
 
@@ -212,10 +230,11 @@ def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
         time.sleep(0.002)
     os.kill(process.pid, signal.SIGKILL)
     process.join()
-    tried = survived = 0
-    for path in sorted((source / "run").rglob("*")):
-        if not path.is_file() or path.name.startswith("."):
-            continue
+    undisturbed(3)
+    files = (path for path in (source / "run").rglob("*") if path.is_file())
+    paths = sorted(path for path in files if not path.name.startswith("."))
+
+    def survives(path):
         folder = tmp_path / f"damaged-{path.name}"
         shutil.copytree(source, folder)
         victim = folder / "run" / path.relative_to(source / "run")
@@ -223,39 +242,77 @@ def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
         process = start(folder, epochs=3)
         process.join(240)
         output = (folder / "output.txt").read_text()
-        tried += 1
         if process.exitcode == 0:
             assert_nothing_lost(folder, undisturbed, 3)
-            survived += 1
-        else:
-            assert process.exitcode == 2, output[-3000:]
-            last = output.strip().splitlines()[-1]
-            assert last.startswith("error: ") and path.name in last
+            return True
+        assert process.exitcode == 2, output[-3000:]
+        last = output.strip().splitlines()[-1]
+        assert last.startswith("error: ") and path.name in last
+        return False
+
+    tried, survived = len(paths), sum(two_at_a_time(survives, paths))
     assert tried >= 4 and survived >= tried - 1
     name = f"files {'flipped' if damage is flipped else 'cut off'}"
     FAULTS[name] = (tried, survived, 0, tried)
 
 
-def test_a_disk_that_is_full(undisturbed, tmp_path):
+@pytest.fixture
+def small_disk(tmp_path):
     """A file system of its own that has room for little more than one checkpoint."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no right to mount a file system")
-    try:
-        process = start(folder, epochs=1)
-        process.join(120)
-        output = (folder / "output.txt").read_text()
-        assert process.exitcode == 1, output[-2000:]
-        assert "No space left on device" in output.strip().splitlines()[-1]
-        larger = ["mount", "-o", "remount,size=50m", str(folder)]
-        subprocess.run(larger, check=True)
-        finish(folder, epochs=1)
-        assert_nothing_lost(folder, undisturbed, 1)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def last_line(folder):
+    return (folder / "output.txt").read_text().strip().splitlines()[-1]
+
+
+def test_a_disk_that_is_full(undisturbed, small_disk):
+    finish(small_disk, status=1, epochs=1)
+    assert last_line(small_disk).startswith("error: ")
+    assert "No space left on device" in last_line(small_disk)
+    remount(small_disk, "size=50m")
+    finish(small_disk, epochs=1)
+    assert_nothing_lost(small_disk, undisturbed, 1)
     FAULTS["full disk"] = (1, 1, 0, 0)
+
+
+def test_a_disk_that_has_become_read_only(undisturbed, small_disk, tmp_path):
+    remount(small_disk, "size=50m")
+    process = start(small_disk, epochs=3)
+    while len(notes(small_disk)) < 4:
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    remount(small_disk, "ro")
+    process = start(small_disk, epochs=3, output=tmp_path)
+    process.join(120)
+    assert process.exitcode == 2
+    assert last_line(tmp_path).endswith("cannot be written to: Read-only file system")
+    remount(small_disk, "rw")
+    finish(small_disk, epochs=3)
+    assert_nothing_lost(small_disk, undisturbed, 3)
+    FAULTS["read-only disk"] = (1, 1, 0, 0)
+
+
+def test_a_folder_that_is_removed(tmp_path):
+    process = start(tmp_path / "run of", epochs=EPOCHS, output=tmp_path)
+    while len(notes(tmp_path / "run of")) < 4:
+        time.sleep(0.002)
+    shutil.rmtree(tmp_path / "run of", ignore_errors=True)
+    process.join(120)
+    assert process.exitcode == 1
+    assert last_line(tmp_path).startswith("error: ")
+    assert "No such file or directory" in last_line(tmp_path)
 
 
 def test_open_files_and_memory_do_not_grow():

@@ -1,5 +1,6 @@
 """A training that stops anywhere and goes on ends where one that never stopped ends."""
 
+import dataclasses
 import os
 import signal
 import warnings
@@ -10,7 +11,7 @@ import pytest
 from test_training import colours, small_model, small_recipe
 
 from keras_vit import checkpoints, training
-from keras_vit.journal import Diverged, Interrupted, Journal
+from keras_vit.journal import Diverged, Interrupted, Journal, OtherData
 from keras_vit.training import fit
 
 RECIPE = small_recipe(epochs=3, dropout=0.2)  # 96 images: 6 steps an epoch.
@@ -115,3 +116,37 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(tmp_path):
         with pytest.raises(Diverged, match=r"epoch 1, step \d of 6: .* learning rate of 1e\+30"):
             fit(small_model(dataset), dataset, recipe, run_dir=tmp_path)
     assert checkpoints.newest(tmp_path / "checkpoints") is None
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    assert learn(tmp_path, (1, 2)) is None
+    dataset, validation = colours(120).hold_out(24, seed=0)
+    other = dataclasses.replace(dataset, train_images=255 - dataset.train_images)
+    with pytest.raises(OtherData, match="other training images or labels"):
+        fit(small_model(dataset), other, RECIPE, 0, validation, tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    dataset = colours(24)
+    monkeypatch.setattr(checkpoints, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        fit(small_model(dataset), dataset, small_recipe(epochs=1), run_dir=tmp_path)
+
+
+def test_training_does_not_change_a_checkpoint_that_is_written_late(monkeypatch, tmp_path):
+    late, at_once, copy_of_state = [], [], checkpoints.copy_of_state
+
+    def noted(model):
+        arrays = copy_of_state(model)
+        at_once.append([array.tobytes() for array in arrays])
+        return arrays
+
+    monkeypatch.setattr(checkpoints, "copy_of_state", noted)
+    monkeypatch.setattr(checkpoints, "save", lambda _, checkpoint: late.append(checkpoint))
+    dataset = colours(48)
+    fit(small_model(dataset), dataset, small_recipe(epochs=2), run_dir=tmp_path, save_every=1)
+    assert [[array.tobytes() for array in checkpoint.arrays] for checkpoint in late] == at_once
+    assert len(late) == 6 and at_once[0] != at_once[1]

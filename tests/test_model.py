@@ -352,31 +352,6 @@ np.save({str(tmp_path / "logits.npy")!r}, logits)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), predict(model, images), atol=1e-4)
 
 
-# Bad arguments
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"embed_dim": 18, "num_heads": 4}, "embed_dim=18, num_heads=4"),
-        ({"patch_size": 3}, "patch_size=3, height=8, width=8"),
-        ({"patch_size": 0}, "patch_size=0"),
-        ({"patch_size": 4.0}, "patch_size=4.0"),
-        ({"num_classes": True}, "num_classes=True"),
-        ({"depth": 0}, "depth=0"),
-        ({"mlp_dim": "16"}, "mlp_dim='16'"),
-        ({"image_shape": (8, 8)}, "image_shape=(8, 8)"),
-        ({"image_shape": (8, 10, 3)}, "height=8, width=10"),
-        ({"dropout": 1.0}, "dropout=1.0"),
-        ({"dropout": -0.1}, "dropout=-0.1"),
-    ],
-)
-def test_sizes_that_do_not_fit_together_are_refused_by_name(changes, message):
-    with pytest.raises(ValueError) as error:
-        keras_vit.VisionTransformer(**{**SIZES, **changes})
-    assert message in str(error.value)
-
-
 def test_images_of_another_shape_are_refused(model):
     with pytest.raises(ValueError):
         model(np.zeros((2, 12, 8, 3), "float32"))

@@ -58,9 +58,11 @@ def test_the_recipe_sets_up_the_optimizer():
 def test_the_least_memory_of_a_step_is_counted():
     """Two blocks of 5 tokens of width 16, an MLP of 32 and 2 heads, for a batch of 16."""
     by_block = 5 * (8 * 16 + 2 * 32) + 2 * 2 * 5**2
-    recipe = small_recipe(depth=2)
-    assert training.least_memory(recipe, (8, 8, 3), 96, "float32") == 4 * 16 * 2 * by_block
-    assert training.least_memory(recipe, (8, 8, 3), 9, "mixed_bfloat16") == 2 * 9 * 2 * by_block
+    recipe, kernels = small_recipe(depth=2), 2 * (4 * 16 * 16 + 2 * 16 * 32)
+    expected = 4 * 16 * 2 * by_block + 16 * kernels
+    assert training.least_memory(recipe, colours(96), "float32") == expected
+    expected = 2 * 9 * 2 * by_block + 16 * kernels
+    assert training.least_memory(recipe, colours(9), "mixed_bfloat16") == expected
 
 
 def test_training_learns_and_leaves_its_history(tmp_path):

@@ -25,6 +25,7 @@ class ClassToken(keras.layers.Layer):
 
     def __init__(self, initializer=None, **kwargs):
         super().__init__(**kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
         self.initializer = _token_initializer(initializer)
 
     def build(self, input_shape):
@@ -69,6 +70,7 @@ class PositionEmbedding(keras.layers.Layer):
 
     def __init__(self, initializer=None, **kwargs):
         super().__init__(**kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=3)
         self.initializer = _token_initializer(initializer)
 
     def build(self, input_shape):

@@ -1,0 +1,61 @@
+"""Models out of `.keras` files, which may come from strangers."""
+
+import pathlib
+import re
+import zipfile
+
+import keras
+
+LARGEST = 4 * 2**30  # Bytes that a file may unpack to.
+
+
+class ModelError(RuntimeError):
+    """A file holds no model, a damaged one, or one that is not safe to load."""
+
+
+def load_model(path):
+    """Loads a model without running code that its file brings along.
+
+    Before Keras reads anything, the archive is checked as a whole: the names and the sizes of its
+    members, and the checksum that each of them carries. Keras then builds classes of its own and
+    registered ones only, in safe mode.
+
+    Args:
+        path: string or `Path` of a `.keras` file that unpacks to 4 GiB at most.
+
+    Returns:
+        The `keras.Model`, compiled if it was when it was saved.
+
+    Raises:
+        ModelError: if the file is missing, damaged or larger than that, or asks for anything but
+            Keras's and registered classes.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".keras":  # Keras would read it by the rules of an older format.
+        raise ModelError(f"{path} does not end in .keras, like the files that hold a Keras model")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check(archive, path)
+        return keras.saving.load_model(path, safe_mode=True)
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # What a hostile file provokes is of any kind.
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{path} holds no model that can be loaded safely: {reason}") from error
+
+
+def _check(archive, path):
+    """Refuses members that would leave a folder, fill memory, or differ from their checksum."""
+    members = archive.infolist()
+    for name in (member.filename for member in members):
+        parts = re.split(r"[/\\]", name)
+        if ".." in parts or not parts[0] or ":" in parts[0]:
+            raise ModelError(f"{path} has a member {name!r}, which would leave its folder")
+    total = sum(member.file_size for member in members)
+    if total > LARGEST:
+        raise ModelError(f"{path} unpacks to {total:,} bytes, at most {LARGEST:,} are allowed")
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise ModelError(f"{path} is damaged: its member {damaged!r} differs from its checksum")

@@ -1,0 +1,249 @@
+"""Hostile, damaged and wrong model files: none runs code, each is refused with one line."""
+
+import base64
+import io
+import json
+import marshal
+import pathlib
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+
+import keras_vit
+from keras_vit import loading
+from keras_vit.loading import ModelError, load_model
+
+RAN = []  # What a hostile file managed to run.
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "model.keras"
+    keras_vit.VisionTransformer(
+        (8, 8, 3), 2, patch_size=4, embed_dim=8, mlp_dim=8, num_heads=2, depth=1
+    ).save(path)
+    return path
+
+
+def rebuilt(source, target, **members):
+    """A copy of a model file with some members replaced by other bytes."""
+    with zipfile.ZipFile(source) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()} | members
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+    return target
+
+
+def with_config(source, target, change):
+    with zipfile.ZipFile(source) as archive:
+        config = json.loads(archive.read("config.json"))
+    change(config)
+    return rebuilt(source, target, **{"config.json": json.dumps(config)})
+
+
+def with_layer(layer):
+    """Puts the config of a layer in front of the model, as one of its augmentation."""
+    return lambda config: config["config"]["augmentation"].insert(0, layer)
+
+
+def layer(class_name, module="keras.layers", registered_name=None, **config):
+    return {
+        "class_name": class_name,
+        "module": module,
+        "registered_name": registered_name,
+        "config": config,
+    }
+
+
+def run(*arguments):
+    RAN.append(arguments)
+
+
+def bytecode():
+    """A function as `Lambda` saves it."""
+    code = compile("__import__('test_loading').RAN.append('lambda')", "hostile", "eval")
+    return {
+        "class_name": "__lambda__",
+        "config": {
+            "code": base64.b64encode(marshal.dumps(code)).decode(),
+            "defaults": None,
+            "closure": None,
+        },
+    }
+
+
+def test_a_saved_model_comes_back_and_computes_the_same(model_file):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype("float32")
+    expected = keras.saving.load_model(model_file).predict(images, verbose=0)
+    model = keras_vit.load_model(str(model_file))
+    assert isinstance(model, keras_vit.VisionTransformer)
+    np.testing.assert_array_equal(model.predict(images, verbose=0), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_layer(layer("Lambda", function=bytecode(), name="lambda")),
+        with_layer(layer("run", module="test_loading")),
+        with_layer(layer("system", module="os", command="true")),
+        with_layer(layer("Popen", module="subprocess", args=["true"])),
+        with_layer(layer("eval", module="builtins", source="run()")),
+        with_layer(layer("get_file", module="keras.utils", origin="file:///etc/passwd")),
+        with_layer(layer("enable_unsafe_deserialization", module="keras.config")),
+        with_layer(layer("NeverRegistered", module=None, registered_name="other>NeverRegistered")),
+        with_layer(layer("load_model", module="keras.saving", filepath="model.keras")),
+        lambda config: config.update(class_name="run", module="test_loading", registered_name=""),
+        lambda config: config.update(class_name="Popen", module="subprocess", registered_name=""),
+    ],
+)
+def test_no_code_is_run_and_no_class_built_that_is_not_registered(change, model_file, tmp_path):
+    path = with_config(model_file, tmp_path / "hostile.keras", change)
+    with pytest.raises(ModelError, match="no model that can be loaded safely") as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+    assert not RAN
+
+
+def test_what_a_file_asks_to_compile_with_is_not_run_either(model_file, tmp_path):
+    def change(config):
+        config["compile_config"] = {
+            "optimizer": "adam",
+            "loss": layer("run", module="test_loading"),
+            "metrics": [bytecode()],
+        }
+
+    path = with_config(model_file, tmp_path / "hostile.keras", change)
+    with pytest.raises(ModelError):
+        load_model(path)
+    assert not RAN
+
+
+@pytest.mark.parametrize("name", ["/etc/evil", "../evil", "assets/../../evil", "C:\\evil", "..\\x"])
+def test_members_that_would_leave_the_folder_are_refused(name, model_file, tmp_path):
+    folder = tmp_path / "inner"
+    folder.mkdir()
+    path = rebuilt(model_file, folder / "hostile.keras", **{name: b"evil"})
+    with pytest.raises(ModelError, match="would leave its folder"):
+        load_model(path)
+    assert list(tmp_path.rglob("*")) == [folder, path]
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(model_file, tmp_path):
+    path = rebuilt(model_file, tmp_path / "bomb.keras", bomb=b"")
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")  # The directory's entry of the last member
+    content[at + 24 : at + 28] = (2**32 - 2).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"unpacks to 4,2\d\d,\d{3},\d{3} bytes, at most 4,294"):
+        load_model(path)
+
+
+def test_a_file_that_lies_about_its_size_is_refused(model_file, tmp_path):
+    path = tmp_path / "bomb.keras"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", bytes(2**26))
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 24 : at + 28] = (100).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match="differs from its checksum"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("kind", ["link", "storage"])
+def test_weights_that_lie_in_another_file_are_not_read(kind, model_file, tmp_path):
+    with zipfile.ZipFile(model_file) as archive:
+        weights = io.BytesIO(archive.read("model.weights.h5"))
+    outside = tmp_path / "secret.h5"
+    with h5py.File(outside, "w") as file:
+        file["0"] = np.zeros(8, "float32")
+    with h5py.File(weights, "a") as file:
+        datasets = []
+        file.visititems(lambda _, x: datasets.append(x) if isinstance(x, h5py.Dataset) else None)
+        dataset = next(x for x in datasets if x.ndim)
+        group, name, shape = dataset.parent, dataset.name.split("/")[-1], dataset.shape
+        del group[name]
+        if kind == "link":
+            group[name] = h5py.ExternalLink(str(outside), "/0")
+        else:
+            size = 4 * int(np.prod(shape))
+            group.create_dataset(name, shape, "float32", external=[(str(outside), 0, size)])
+    members = {"model.weights.h5": weights.getvalue()}
+    path = rebuilt(model_file, tmp_path / "hostile.keras", **members)
+    with pytest.raises(ModelError, match="hostile.keras"):
+        load_model(path)
+
+
+def test_weights_that_are_a_pickle_are_not_unpickled(model_file, tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return run, ("pickle",)
+
+    buffer = io.BytesIO()
+    np.savez(buffer, weights=np.array([Hostile()], dtype=object))
+    with zipfile.ZipFile(model_file) as archive:
+        config = archive.read("config.json")
+        metadata = archive.read("metadata.json")
+    path = tmp_path / "hostile.keras"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", config)
+        archive.writestr("metadata.json", metadata)
+        archive.writestr("model.weights.npz", buffer.getvalue())
+    with pytest.raises(ModelError):
+        load_model(path)
+    assert not RAN
+
+
+def test_a_bit_that_flipped_anywhere_is_noticed_or_changes_nothing(model_file, tmp_path):
+    content = model_file.read_bytes()
+    weights = [x.tolist() for x in keras.saving.load_model(model_file).get_weights()]
+    path, noticed = tmp_path / "flipped.keras", 0
+    for at in np.random.default_rng(0).integers(0, len(content), 30):
+        damaged = bytearray(content)
+        damaged[at] ^= 1 << int(at % 8)
+        path.write_bytes(damaged)
+        try:
+            model = load_model(path)
+        except ModelError as error:
+            noticed += 1
+            assert "\n" not in str(error)
+        else:
+            assert [x.tolist() for x in model.get_weights()] == weights
+    assert noticed > 15
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_refused(share, model_file, tmp_path):
+    content = model_file.read_bytes()
+    path = tmp_path / "short.keras"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ModelError, match="short.keras"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("missing.keras", None, "No such file"),
+        ("folder.keras", pathlib.Path, "directory"),
+        ("model.h5", b"anything", "does not end in .keras"),
+        ("model.keras", b"anything", "not a zip file"),
+    ],
+)
+def test_what_is_no_model_file_is_named(name, content, expected, tmp_path):
+    path = tmp_path / name
+    if content is pathlib.Path:
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=expected) as caught:
+        load_model(path)
+    assert name in str(caught.value)
+
+
+def test_the_stated_bound_is_the_one_that_holds():
+    assert loading.LARGEST == 4 * 2**30
