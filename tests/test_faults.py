@@ -42,7 +42,10 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["keras_vit.figures", "keras_vit.training", "sklearn.datasets"])
+# TensorFlow even on JAX: `keras.utils.set_random_seed` imports it where it is installed.
+context.set_forkserver_preload(
+    ["keras_vit.figures", "keras_vit.training", "sklearn.datasets", "tensorflow"]
+)
 
 
 def run(folder, epochs, die_at, output):
