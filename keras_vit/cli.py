@@ -317,8 +317,8 @@ def evaluate(model, dataset, history):
     }
     print(evaluation.per_class_table(metrics))
     print(
-        f"Test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f} "
-        f"on {len(labels):,} images of {dataset.name}"
+        f"Test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}, calibration error "
+        f"{metrics['calibration_error']:.2%} on {len(labels):,} images of {dataset.name}"
     )
     return probabilities, metrics
 

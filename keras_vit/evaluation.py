@@ -30,8 +30,8 @@ def classification_metrics(probabilities, labels, class_names):
         class_names: list of strings.
 
     Returns:
-        Dictionary with `accuracy` and `loss` (cross-entropy in nats), and under `per_class`
-        precision, recall, F1 score and number of images of each class.
+        Dictionary with `accuracy`, `loss` (cross-entropy in nats) and `calibration_error`, and
+        under `per_class` precision, recall, F1 score and number of images of each class.
     """
     classes = range(len(class_names))
     predicted = probabilities.argmax(axis=1)
@@ -46,6 +46,7 @@ def classification_metrics(probabilities, labels, class_names):
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
+        "calibration_error": calibration_error(probabilities, labels),
         "per_class": {
             name: {
                 "precision": table[name]["precision"],
@@ -56,6 +57,26 @@ def classification_metrics(probabilities, labels, class_names):
             for name in class_names
         },
     }
+
+
+def calibration_error(probabilities, labels, bins=15):
+    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart.
+
+    Images are sorted into bins of equal width by the probability of their predicted class. The
+    distances between its mean and the accuracy are averaged over the bins, each by its images.
+
+    Args:
+        probabilities: array `(N, num_classes)`, rows sum to one.
+        labels: integer array `(N,)`.
+        bins: int, number of bins between 0 and 1.
+
+    Returns:
+        Float in [0, 1].
+    """
+    confidence = probabilities.max(axis=1)
+    gaps = confidence - (probabilities.argmax(axis=1) == labels)
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(bin_of, weights=gaps)).sum() / len(labels))
 
 
 def training_metrics(history, images):

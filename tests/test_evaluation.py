@@ -5,6 +5,7 @@ from scipy.special import softmax
 
 from keras_vit import VisionTransformer
 from keras_vit.evaluation import (
+    calibration_error,
     classification_metrics,
     environment,
     per_class_table,
@@ -28,6 +29,8 @@ def test_metrics_agree_with_counting_by_hand():
     metrics = classification_metrics(PROBABILITIES, LABELS, ["cat", "dog"])
     assert metrics["accuracy"] == 0.75
     assert metrics["loss"] == pytest.approx(-np.mean(np.log([0.9, 0.2, 0.7, 0.6])))
+    # Confidences 0.9 (right), 0.8 (wrong), 0.7 and 0.6 (right), each in a bin of its own
+    assert metrics["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.3 + 0.4) / 4)
     assert metrics["per_class"]["cat"] == {
         "precision": 1.0,
         "recall": 0.5,
@@ -35,6 +38,14 @@ def test_metrics_agree_with_counting_by_hand():
         "images": 2,
     }
     assert metrics["per_class"]["dog"]["precision"] == pytest.approx(2 / 3)
+
+
+def test_images_of_one_bin_are_averaged_before_they_count_as_error():
+    probabilities = np.repeat([[0.75, 0.25]], 40, axis=0)
+    labels = np.arange(40) % 4 == 0  # Three of four are right, as confident as they are right.
+    assert calibration_error(probabilities, labels) == pytest.approx(0)
+    assert calibration_error(probabilities, np.zeros(40, int)) == pytest.approx(0.25)
+    assert calibration_error(np.array([[1.0, 0.0]]), np.array([1])) == 1
 
 
 def test_the_table_has_a_line_for_each_class():

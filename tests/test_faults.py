@@ -318,7 +318,7 @@ def test_a_folder_that_is_removed(tmp_path):
     assert "No such file or directory" in last_line(tmp_path)
 
 
-def test_open_files_and_memory_do_not_grow():
+def test_open_files_and_memory_do_not_grow(tmp_path):
     """200 epochs of a tiny run in this process."""
     from test_training import colours, small_recipe
 
@@ -329,6 +329,7 @@ def test_open_files_and_memory_do_not_grow():
     class Watcher(training.Journal):
         def on_epoch_end(self, epoch, logs=None):
             super().on_epoch_end(epoch, logs)
+            self._written.result()
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
             seen["pages"].append(pages)
             seen["files"].append(len(os.listdir("/proc/self/fd")))
@@ -338,7 +339,7 @@ def test_open_files_and_memory_do_not_grow():
     try:
         recipe = small_recipe(epochs=200)
         model = training.build_model(dataset, recipe)
-        training.fit(model, dataset, recipe)
+        training.fit(model, dataset, recipe, run_dir=tmp_path)
     finally:
         patch.undo()
     assert seen["pages"][-1] < 1.05 * seen["pages"][4]
