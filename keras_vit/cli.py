@@ -327,7 +327,9 @@ def draw(model, dataset, recipe, probabilities, history, folder):
     """Draws the pictures of a run into a folder."""
     from keras_vit import figures, training
 
-    _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+    falls = []
+    if recipe.schedule == "milestones":
+        _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     try:
         figures.draw_all(model, dataset, probabilities, history, falls, folder)
     except OSError as error:

@@ -102,6 +102,7 @@ class Journal(keras.callbacks.Callback):
         self._stop_clock()
         seconds = round(self._spent + self._end - self._start, 3)
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
+        row.setdefault("learning_rate", self._learning_rate())
         is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
         self.rows.append({**row, "seconds": seconds})
         self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None
@@ -174,12 +175,15 @@ class Journal(keras.callbacks.Callback):
     def _check(self, logs):
         loss = float(logs["loss"])
         if not math.isfinite(loss):
-            rate = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
             raise Diverged(
                 f"the loss is {loss} in epoch {self.epoch + 1}, step {self._done} of "
                 f"{self._total}: "
-                f"training diverged at a learning rate of {rate:g}, try a smaller one"
+                f"training diverged at a learning rate of {self._learning_rate():g}, try a smaller "
+                "one"
             )
+
+    def _learning_rate(self):
+        return float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
     def _stop_clock(self):
         # A GPU may be steps behind the host: what the last step counted is there once it is done.

@@ -27,11 +27,19 @@ class Recipe:
     batch_size: int = option(128, "images in a batch", low=1)
     learning_rate: float = option(3e-4, "AdamW's learning rate at the start", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    schedule: str = option(
+        "milestones",
+        "how the learning rate falls: at milestones, or with each step along a cosine to zero",
+        choices=("milestones", "cosine"),
+    )
     milestones: tuple = option(
         (100 / 160, 150 / 160),
         "shares of the run after which the learning rate falls to a tenth",
         above=0,
         below=1,
+    )
+    warmup: float = option(
+        0.0, "share of the run in which a cosine's learning rate rises from zero", low=0, below=1
     )
     patch_size: int = option(4, "side of a patch in pixels", low=1)
     embed_dim: int = option(256, "width of a token", low=1)

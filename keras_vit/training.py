@@ -32,6 +32,25 @@ def step_schedule(learning_rate, epochs, milestones):
     return schedule, falls
 
 
+def learning_rate(recipe, steps_per_epoch):
+    """The optimizer's learning rate: a number that a callback lowers, or a cosine of the steps.
+
+    Args:
+        recipe: a `Recipe`.
+        steps_per_epoch: int, batches of an epoch.
+
+    Returns:
+        Float, or a Keras `LearningRateSchedule`.
+    """
+    if recipe.schedule == "milestones":
+        return recipe.learning_rate
+    steps = recipe.epochs * steps_per_epoch
+    warmup = round(recipe.warmup * steps)
+    start = {"warmup_target": recipe.learning_rate, "warmup_steps": warmup} if warmup else {}
+    first = 0.0 if warmup else recipe.learning_rate
+    return keras.optimizers.schedules.CosineDecay(first, steps - warmup, **start)
+
+
 def least_memory(recipe, dataset, dtype):
     """Bytes that a training step holds at the very least.
 
@@ -119,16 +138,17 @@ def fit(
         Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
         OtherData: if the run was begun with other training images or labels.
     """
-    compile_model(model, recipe)
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
-    schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+    compile_model(model, recipe, batches.num_batches)
     data = digest(dataset.train_images, dataset.train_labels) if run_dir else ""
     journal = Journal(model, batches, run_dir, save_every, data)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
-        keras.callbacks.LearningRateScheduler(schedule),
         journal,
     ]
+    if recipe.schedule == "milestones":
+        schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
     if tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
     settings = {
@@ -153,12 +173,14 @@ def batches_of(images, labels, batch_size, seed):
     return kind(images, labels, batch_size, seed)
 
 
-def compile_model(model, recipe):
+def compile_model(model, recipe, steps_per_epoch=1):
     """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
     # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
     on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
     model.compile(
-        optimizer=keras.optimizers.AdamW(recipe.learning_rate, weight_decay=recipe.weight_decay),
+        optimizer=keras.optimizers.AdamW(
+            learning_rate(recipe, steps_per_epoch), weight_decay=recipe.weight_decay
+        ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         jit_compile=False if on_tensorflow_cpu else "auto",

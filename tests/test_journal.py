@@ -18,7 +18,7 @@ RECIPE = small_recipe(epochs=3, dropout=0.2)  # 96 images: 6 steps an epoch.
 
 
 def learn(run_dir, stop=None, **options):
-    """Trains in a folder; `stop` is when SIGINT comes: an epoch and a batch, counted from one.
+    """Trains in a folder; `stop` is when a signal comes: an epoch and a batch, counted from one.
 
     Returns the model, or None if the training was stopped.
     """
@@ -34,7 +34,8 @@ def learn(run_dir, stop=None, **options):
     patch = pytest.MonkeyPatch()
     patch.setattr(training, "Journal", Stopper)
     try:
-        fit(model, dataset, RECIPE, 0, validation, run_dir, save_every=options.get("save_every"))
+        recipe, save_every = options.get("recipe", RECIPE), options.get("save_every")
+        fit(model, dataset, recipe, 0, validation, run_dir, save_every=save_every)
     except Interrupted as error:
         assert error.status == 128 + options.get("kind", signal.SIGINT)
         return None
@@ -72,6 +73,17 @@ def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tm
     for stop in stops:
         assert learn(tmp_path, stop) is None
     assert_same(learn(tmp_path), tmp_path, whole)
+
+
+def test_a_cosine_goes_on_where_it_was(tmp_path):
+    recipe = dataclasses.replace(RECIPE, schedule="cosine", warmup=0.3)
+    undisturbed, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (undisturbed, stopped):
+        folder.mkdir()
+    expected = learn(undisturbed, recipe=recipe)
+    for stop in ((1, 1), (2, 3)):
+        assert learn(stopped, stop, recipe=recipe) is None
+    assert_same(learn(stopped, recipe=recipe), stopped, (expected, undisturbed))
 
 
 def test_sigterm_is_obeyed_like_ctrl_c(tmp_path):

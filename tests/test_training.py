@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 
 import keras
 import numpy as np
@@ -44,6 +45,25 @@ def test_the_rate_falls_to_a_tenth_at_each_milestone(epochs, falls, rates):
     assert epochs_of_falls == falls
     for epoch, share in rates.items():
         assert schedule(epoch) == pytest.approx(3e-4 * share)
+
+
+def test_a_cosine_rises_in_the_warmup_and_falls_to_zero():
+    recipe = Baseline(epochs=10, schedule="cosine", warmup=0.2, learning_rate=1e-3)
+    rate = training.learning_rate(recipe, steps_per_epoch=5)
+    for step, expected in {0: 0, 5: 5e-4, 10: 1e-3, 30: 5e-4, 50: 0}.items():
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-8)
+    rate = training.learning_rate(dataclasses.replace(recipe, warmup=0.0), steps_per_epoch=5)
+    for step, expected in {0: 1e-3, 25: 5e-4, 50: 0}.items():
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-8)
+
+
+def test_a_cosine_is_followed_step_by_step_and_written_down(tmp_path):
+    dataset = colours()
+    recipe = small_recipe(epochs=3, schedule="cosine")
+    history = fit(small_model(dataset), dataset, recipe, run_dir=tmp_path)
+    expected = [3e-3 * (1 + np.cos(np.pi * epoch / 3)) / 2 for epoch in (1, 2, 3)]
+    np.testing.assert_allclose(history["learning_rate"], expected, atol=1e-7)
+    assert "learning_rate" in (tmp_path / "history.csv").read_text().splitlines()[0]
 
 
 def test_the_recipe_sets_up_the_optimizer():
