@@ -223,30 +223,41 @@ def run(named):
 def _fit(model, dataset, recipe, options, validation, run_dir):
     """Trains; returns the history, or raises a `Failure` for what one line can explain."""
     from keras_vit import training
-    from keras_vit.journal import Diverged, Interrupted, OtherData
 
     extras = options.tensorboard, options.save_every
     try:
         return training.fit(model, dataset, recipe, options.seed, validation, run_dir, *extras)
-    except Diverged as error:
-        raise Failure(f"{error} (and --overwrite)", status=3) from error
-    except OtherData as error:
-        raise Failure(
+    except BaseException as error:
+        print(flush=True)  # Ends the line of the progress bar.
+        failure = _explained(error, recipe, options)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def _explained(error, recipe, options):
+    """What ended a training as a `Failure`; None if one line cannot explain it."""
+    from keras_vit.journal import Diverged, Interrupted, OtherData
+
+    if isinstance(error, Diverged):
+        return Failure(f"{error} (and --overwrite)", status=3)
+    if isinstance(error, OtherData):
+        return Failure(
             f"{error}: choose another folder with --output, or start over with --overwrite"
-        ) from error
-    except Interrupted as error:
+        )
+    if isinstance(error, Interrupted):
         same = "The same command" + (" without --overwrite" if options.overwrite else "")
-        raise Failure(
-            f"{error}: interrupted and saved. {same} goes on from there", error.status
-        ) from error
-    except Exception as error:  # Each backend has a class of its own for this.
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            raise _too_large(recipe) from error
-        raise
+        return Failure(f"{error}: interrupted and saved. {same} goes on from there", error.status)
+    # Each backend has a class of its own for this.
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return _too_large(recipe)
+    return None
 
 
 def _start_or_continue(run_dir, settings, overwrite):
     """Prepares a folder for a run, or for the rest of the same run that left a checkpoint there."""
+    from keras_vit.loading import ModelError, check_archive
+
     path = run_dir / "config.json"
     for folder in (run_dir, run_dir / CHECKPOINTS):
         for part in folder.glob(PARTS):  # What a killed process was writing.
@@ -265,6 +276,15 @@ def _start_or_continue(run_dir, settings, overwrite):
                 f"{'; '.join(changes)}. Choose another folder with --output, or start over in this "
                 "one with --overwrite"
             )
+        best = run_dir / "best.keras"
+        try:
+            if best.exists():
+                check_archive(best)
+        except ModelError as error:
+            raise Failure(
+                f"{error}. Remove it to go on without the best model so far, or start over with "
+                "--overwrite"
+            ) from error
         print(f"Going on with the run in {run_dir}.")
     else:
         # What an earlier run saved as `model.keras` stays until this one has a model of its own.

@@ -33,29 +33,41 @@ def load_model(path):
     path = pathlib.Path(path)
     if path.suffix != ".keras":  # Keras would read it by the rules of an older format.
         raise ModelError(f"{path} does not end in .keras, like the files that hold a Keras model")
+    check_archive(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            _check(archive, path)
         return keras.saving.load_model(path, safe_mode=True)
-    except ModelError:
-        raise
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # What a hostile file provokes is of any kind.
+    except Exception as error:  # What a hostile file provokes in Keras is of any kind.
         reason = " ".join(str(error).split())[:300]
         raise ModelError(f"{path} holds no model that can be loaded safely: {reason}") from error
 
 
-def _check(archive, path):
-    """Refuses members that would leave a folder, fill memory, or differ from their checksum."""
-    members = archive.infolist()
-    for name in (member.filename for member in members):
-        parts = re.split(r"[/\\]", name)
-        if ".." in parts or not parts[0] or ":" in parts[0]:
-            raise ModelError(f"{path} has a member {name!r}, which would leave its folder")
-    total = sum(member.file_size for member in members)
-    if total > LARGEST:
-        raise ModelError(f"{path} unpacks to {total:,} bytes, at most {LARGEST:,} are allowed")
-    damaged = archive.testzip()
+def check_archive(path):
+    """Refuses members that would leave a folder, fill memory, or differ from their checksum.
+
+    Args:
+        path: `Path` of a `.keras` file.
+
+    Raises:
+        ModelError: if the file cannot be read, or holds such a member.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            for name in (member.filename for member in members):
+                parts = re.split(r"[/\\]", name)
+                if ".." in parts or not parts[0] or ":" in parts[0]:
+                    raise ModelError(f"{path} has a member {name!r}, which would leave its folder")
+            total = sum(member.file_size for member in members)
+            if total > LARGEST:
+                raise ModelError(
+                    f"{path} unpacks to {total:,} bytes, at most {LARGEST:,} are allowed"
+                )
+            damaged = archive.testzip()
+    except ModelError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # What a damaged archive provokes is of many kinds.
+        raise ModelError(f"{path} is no .keras file, or it is damaged: {error}") from error
     if damaged is not None:
         raise ModelError(f"{path} is damaged: its member {damaged!r} differs from its checksum")

@@ -254,7 +254,8 @@ def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
         return False
 
     tried, survived = len(paths), sum(two_at_a_time(survives, paths))
-    assert tried >= 4 and survived >= tried - 1
+    # What a damaged `best.keras` held, and which settings a damaged `config.json`, is lost.
+    assert tried >= 4 and survived >= tried - 2
     name = f"files {'flipped' if damage is flipped else 'cut off'}"
     FAULTS[name] = (tried, survived, 0, tried)
 

@@ -231,7 +231,7 @@ def test_a_file_that_was_cut_off_is_refused(share, model_file, tmp_path):
         ("missing.keras", None, "No such file"),
         ("folder.keras", pathlib.Path, "directory"),
         ("model.h5", b"anything", "does not end in .keras"),
-        ("model.keras", b"anything", "not a zip file"),
+        ("model.keras", b"anything", "no .keras file, or it is damaged"),
     ],
 )
 def test_what_is_no_model_file_is_named(name, content, expected, tmp_path):
