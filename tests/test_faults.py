@@ -239,7 +239,7 @@ def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
 
     def survives(path):
         folder = tmp_path / f"damaged-{path.name}"
-        shutil.copytree(source, folder)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("output.txt"))
         victim = folder / "run" / path.relative_to(source / "run")
         victim.write_bytes(damage(victim.read_bytes()))
         process = start(folder, epochs=3)
@@ -344,4 +344,4 @@ def test_open_files_and_memory_do_not_grow(tmp_path):
     finally:
         patch.undo()
     assert seen["pages"][-1] < 1.05 * seen["pages"][4]
-    assert max(seen["files"][4:]) == min(seen["files"][4:])
+    assert max(seen["files"][4:]) <= seen["files"][4]
