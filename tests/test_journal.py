@@ -28,7 +28,8 @@ def learn(run_dir, stop=None, **options):
     class Stopper(Journal):
         def on_train_batch_end(self, batch, logs=None):
             if stop == (self.epoch + 1, self.skipped + batch + 1):
-                os.kill(os.getpid(), options.get("kind", signal.SIGINT))
+                for _ in range(options.get("times", 1)):
+                    os.kill(os.getpid(), options.get("kind", signal.SIGINT))
             super().on_train_batch_end(batch, logs)
 
     patch = pytest.MonkeyPatch()
@@ -91,6 +92,13 @@ def test_sigterm_is_obeyed_like_ctrl_c(tmp_path):
     assert learn(tmp_path, (1, 2), kind=signal.SIGTERM) is None
     assert signal.getsignal(signal.SIGTERM) is before
     assert checkpoints.newest(tmp_path / "checkpoints").batch == 2
+
+
+def test_a_second_signal_does_not_wait_and_leaves_the_last_checkpoint_whole(whole, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        learn(tmp_path, (2, 3), save_every=2, times=2)
+    assert checkpoints.newest(tmp_path / "checkpoints").batch == 2
+    assert_same(learn(tmp_path), tmp_path, whole)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(whole, tmp_path):
