@@ -23,6 +23,8 @@ BACKENDS = ("tensorflow", "jax", "torch")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
+# What a run leaves, beside its settings and its model.
+OF_A_RUN = ("metrics.json", "best.keras", "history.csv", "timing.csv")
 # Inside the folder of a run that is not finished.
 CHECKPOINTS = "checkpoints"
 # Settings that a run may go on with although they changed.
@@ -204,7 +206,10 @@ def run(named):
         _start_or_continue(run_dir, settings, options.overwrite)
         count = f"{len(dataset.train_images):,}"
         print(f"Training on {count} images of {dataset.name}, into {run_dir}")
+        before = time.perf_counter()
         history = _fit(model, dataset, recipe, options, validation, run_dir)
+        # As if this process had trained every epoch.
+        start += time.perf_counter() - before - sum(history["seconds"])
         with whole(run_dir / "model.keras") as path:
             model.save(path)
         probabilities, metrics = evaluate(model, dataset, history)
@@ -213,7 +218,7 @@ def run(named):
         # Before the pictures, whose failure must not cost the numbers.
         _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
-        write_checksums(run_dir)
+        write_checksums(run_dir, (*OF_A_RUN, "model.keras", "config.json"))
         # Without a checkpoint the run counts as finished.
         shutil.rmtree(run_dir / CHECKPOINTS)
     print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
@@ -228,7 +233,8 @@ def _fit(model, dataset, recipe, options, validation, run_dir):
     try:
         return training.fit(model, dataset, recipe, options.seed, validation, run_dir, *extras)
     except BaseException as error:
-        print(flush=True)  # Ends the line of the progress bar.
+        with contextlib.suppress(OSError):  # Nobody may read any more.
+            print(flush=True)  # Ends the line of the progress bar.
         failure = _explained(error, recipe, options)
         if failure is None:
             raise
@@ -272,14 +278,14 @@ def _start_or_continue(run_dir, settings, overwrite):
         ]
         if changes:
             raise Failure(
-                f"{run_dir} holds a run that was not finished, with other settings: "
+                f"{run_dir} holds a run that was not finished, with other settings in {path.name}: "
                 f"{'; '.join(changes)}. Choose another folder with --output, or start over in this "
                 "one with --overwrite"
             )
         best = run_dir / "best.keras"
         try:
             if best.exists():
-                check_archive(best)
+                check_archive(best, math.inf)
         except ModelError as error:
             raise Failure(
                 f"{error}. Remove it to go on without the best model so far, or start over with "
@@ -288,7 +294,7 @@ def _start_or_continue(run_dir, settings, overwrite):
         print(f"Going on with the run in {run_dir}.")
     else:
         # What an earlier run saved as `model.keras` stays until this one has a model of its own.
-        for name in ("metrics.json", "best.keras", "history.csv", "timing.csv", CHECKSUMS):
+        for name in (*OF_A_RUN, CHECKSUMS):
             (run_dir / name).unlink(missing_ok=True)
         if (run_dir / CHECKPOINTS).exists():
             shutil.rmtree(run_dir / CHECKPOINTS)
@@ -492,6 +498,8 @@ def _check_together(values):
     heads, width = values["num_heads"], values["embed_dim"]
     if width % heads:
         raise Failure(f"--embed-dim must be a multiple of --num-heads {heads}, but is {width}")
+    if values["warmup"] and values["schedule"] != "cosine":
+        raise Failure(f"--warmup {values['warmup']} needs --schedule cosine")
     side = KNOWN_SIDES.get(values["dataset"])
     if side is not None and side % values["patch_size"]:
         patch = values["patch_size"]

@@ -52,11 +52,10 @@ def _flush_names(folder):
             os.close(descriptor)
 
 
-def write_checksums(folder):
-    """Writes `SHA256SUMS`, which `sha256sum --check` reads, about the visible files of a folder."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    named = [path for path in paths if not path.name.startswith(".") and path.name != CHECKSUMS]
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in named]
+def write_checksums(folder, names):
+    """Writes `SHA256SUMS`, which `sha256sum --check` reads, about those files that are there."""
+    paths = [folder / name for name in sorted(names) if (folder / name).exists()]
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
     with whole(folder / CHECKSUMS) as path:
         path.write_text("".join(lines), encoding="utf-8")
 

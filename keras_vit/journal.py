@@ -87,6 +87,8 @@ class Journal(keras.callbacks.Callback):
         # The number of the last of several steps at once may be beyond the end.
         before, self._done = self._done, min(self.skipped + batch + 1, self._total)
         self._check(logs)
+        if self._written.done():
+            self._written.result()  # Raises what kept a checkpoint from being written.
         if self._done >= self._total:
             return
         # Several steps may be done at once.
@@ -127,7 +129,7 @@ class Journal(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def _watching_signals(self):
-        """Lets SIGINT and SIGTERM wait for the end of a step; a second one does not wait.
+        """Lets SIGINT and SIGTERM wait for the end of a step; a second one does not wait for it.
 
         An exception in the middle of a step would leave JAX without weights: their memory was
         given to the step.
@@ -159,8 +161,8 @@ class Journal(keras.callbacks.Callback):
             self.model.jax_state_sync()  # Between steps, the variables lie behind.
         seconds = self._spent + time.perf_counter() - self._start if batch else 0.0
         place = self.epoch, batch, list(self.rows), seconds, self.data
-        checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
         self._written.result()  # One at a time.
+        checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
         self._written = self._writer.submit(self._write, checkpoint)
 
     def _write(self, checkpoint):

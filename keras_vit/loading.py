@@ -7,6 +7,8 @@ import zipfile
 import keras
 
 LARGEST = 4 * 2**30  # Bytes that a file may unpack to.
+# Others unpack to any size before they can be stopped.
+BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 class ModelError(RuntimeError):
@@ -18,7 +20,9 @@ def load_model(path):
 
     Before Keras reads anything, the archive is checked as a whole: the names and the sizes of its
     members, and the checksum that each of them carries. Keras then builds classes of its own and
-    registered ones only, in safe mode.
+    registered ones only, in safe mode (unless the process has called
+    `keras.config.enable_unsafe_deserialization`). How much memory the layers want that the file
+    describes is not bounded.
 
     Args:
         path: string or `Path` of a `.keras` file that unpacks to 4 GiB at most.
@@ -41,26 +45,28 @@ def load_model(path):
         raise ModelError(f"{path} holds no model that can be loaded safely: {reason}") from error
 
 
-def check_archive(path):
+def check_archive(path, largest=LARGEST):
     """Refuses members that would leave a folder, fill memory, or differ from their checksum.
 
     Args:
         path: `Path` of a `.keras` file.
+        largest: int, bytes that it may unpack to.
 
     Raises:
         ModelError: if the file cannot be read, or holds such a member.
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-            for name in (member.filename for member in members):
-                parts = re.split(r"[/\\]", name)
+            for member in archive.infolist():
+                parts, name = re.split(r"[/\\]", member.filename), repr(member.filename)
                 if ".." in parts or not parts[0] or ":" in parts[0]:
-                    raise ModelError(f"{path} has a member {name!r}, which would leave its folder")
-            total = sum(member.file_size for member in members)
-            if total > LARGEST:
+                    raise ModelError(f"{path} has a member {name}, which would leave its folder")
+                if member.compress_type not in BOUNDED:
+                    raise ModelError(f"{path} has a member {name}, packed as Keras never does")
+            total = sum(member.file_size for member in archive.infolist())
+            if total > largest:
                 raise ModelError(
-                    f"{path} unpacks to {total:,} bytes, at most {LARGEST:,} are allowed"
+                    f"{path} unpacks to {total:,} bytes, at most {largest:,} are allowed"
                 )
             damaged = archive.testzip()
     except ModelError:

@@ -25,7 +25,7 @@ class Recipe:
     cpu_epochs: typing.ClassVar[int] = 10
     epochs: int = option(160, "passes over the training images", low=1)
     batch_size: int = option(128, "images in a batch", low=1)
-    learning_rate: float = option(3e-4, "AdamW's learning rate at the start", above=0)
+    learning_rate: float = option(3e-4, "AdamW's highest learning rate", above=0)
     weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
     schedule: str = option(
         "milestones",

@@ -45,7 +45,7 @@ def learning_rate(recipe, steps_per_epoch):
     if recipe.schedule == "milestones":
         return recipe.learning_rate
     steps = recipe.epochs * steps_per_epoch
-    warmup = round(recipe.warmup * steps)
+    warmup = min(round(recipe.warmup * steps), steps - 1)
     start = {"warmup_target": recipe.learning_rate, "warmup_steps": warmup} if warmup else {}
     first = 0.0 if warmup else recipe.learning_rate
     return keras.optimizers.schedules.CosineDecay(first, steps - warmup, **start)
@@ -130,7 +130,8 @@ def fit(
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
-        `seconds`, and `val_loss` and `val_accuracy` with `validation`.
+        `seconds`, and `val_loss` and `val_accuracy` with `validation`. A cosine's rate is the one
+        after the epoch's last step.
 
     Raises:
         Interrupted: once the step, or the steps run at once, in which SIGINT or SIGTERM came are

