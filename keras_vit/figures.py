@@ -165,7 +165,7 @@ def draw_history(history, falls, path, source=None):
 
     Args:
         history: dictionary of lists, one value per epoch.
-        falls: epochs after which the learning rate falls.
+        falls: epochs after which the learning rate falls; empty if it falls with each step.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
     """
@@ -181,9 +181,14 @@ def draw_history(history, falls, path, source=None):
                     axis.plot(epochs, values, line, color=colour, label=name, markersize=4)
             axis.set_title(label)
             axis.legend()
-        axes[2].step(epochs, history["learning_rate"], "o-", where="mid", color=GREEN, markersize=4)
-        axes[2].set_yscale("log")
-        axes[2].set_title("learning rate")
+        rates, style = history["learning_rate"], {"color": GREEN, "markersize": 4}
+        if falls:
+            axes[2].step(epochs, rates, "o-", where="mid", **style)
+            axes[2].set_yscale("log")
+            axes[2].set_title("learning rate")
+        else:  # It ends at zero, and was written down after each epoch.
+            axes[2].plot(epochs, rates, "o-", **style)
+            axes[2].set_title("learning rate after the epoch")
         for axis in axes:
             axis.set_xlabel("epoch")
             axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))

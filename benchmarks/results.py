@@ -1,0 +1,174 @@
+"""The published runs: kept in `results/`, shown in the README's table and in one picture.
+
+`python -m benchmarks.results` rebuilds both from `results/<recipe>/seed-<n>/`;
+`python -m benchmarks.results --add RUN` first takes over the numbers of a finished run folder.
+"""
+
+import argparse
+import json
+import pathlib
+import shutil
+import statistics
+
+import numpy as np
+
+from keras_vit.cli import Run
+from keras_vit.recipes import RECIPES
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "results"
+START, END = "<!-- python -m benchmarks.results -->", "<!-- end of results -->"
+# Where a run lay on somebody's disk is nobody's business.
+PLACES = ("data_dir", "figures_dir", "output")
+# Settings that the table's command need not repeat.
+IMPLIED = (*PLACES, "backend", "dataset", "recipe", "save_every", "seed", "tensorboard")
+COLUMNS = (
+    *("recipe", "parameters", "epochs", "test accuracy", "corrupted", "calibration error"),
+    *("minutes", "on", "command"),
+)
+# Test accuracies on CIFAR-10, trained on its 50,000 images alone.
+PUBLISHED = [
+    ("ViT with patches of 4, vision-transformers-cifar10", "", 200, "80"),
+    ("ViT, ViT-CIFAR", "6.3 M", 200, "90.92"),
+    ("ViT-Lite-7/4, Compact Transformers", "", "", "91.38"),
+    ("CVT-7/4, Compact Transformers", "", "", "92.43"),
+    ("CCT-7/3x1, Compact Transformers, convolutions in front", "", 300, "96.53"),
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--add", type=pathlib.Path, metavar="RUN", help="folder of a finished run")
+    options = parser.parse_args()
+    if options.add:
+        try:
+            print(f"Taken over into {add(options.add)}")
+        except (OSError, ValueError, KeyError) as error:
+            parser.error(f"{options.add} is not the folder of a finished run: {error}")
+    runs = read()
+    rows = table(runs)
+    path = ROOT / "README.md"
+    path.write_text(replaced(path.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    print("\n".join(rows))
+    if runs:
+        draw(runs, RESULTS / "learning_curves.png")
+
+
+def add(run_dir):
+    """Copies settings, history and numbers of a run, without its places; returns the new folder."""
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    folder = RESULTS / config["recipe"] / f"seed-{config['seed']}"
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {name: value for name, value in config.items() if name not in PLACES}
+    for name, content in {"config.json": config, "metrics.json": metrics}.items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copy(run_dir / "history.csv", folder)
+    if (run_dir / "corruptions.json").exists():
+        shutil.copy(run_dir / "corruptions.json", folder)
+    return folder
+
+
+def read():
+    """For each recipe, in their order, a list of dictionaries, one for each seed."""
+    runs = {}
+    for recipe in RECIPES:
+        for folder in sorted((RESULTS / recipe).glob("seed-*")):
+            run = {
+                path.stem: json.loads(path.read_text(encoding="utf-8"))
+                for path in folder.glob("*.json")
+            }
+            columns = np.genfromtxt(folder / "history.csv", delimiter=",", names=True, ndmin=1)
+            runs.setdefault(recipe, []).append({**run, "history": columns})
+    return runs
+
+
+def table(runs):
+    """Lines of Markdown: what each recipe reached, and what others published."""
+    rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    for recipe, seeds in runs.items():
+        first, metrics = seeds[0], [run["metrics"] for run in seeds]
+        corrupted = [run["corruptions"]["mean"] for run in seeds if "corruptions" in run]
+        minutes = statistics.mean(x["training_seconds"] for x in metrics) / 60
+        cells = (
+            f"**{recipe}**",
+            f"{metrics[0]['parameters'] / 1e6:.1f} M",
+            str(metrics[0]["epochs"]),
+            spread([x["accuracy"] for x in metrics]),
+            spread(corrupted) if corrupted else "",
+            spread([x["calibration_error"] for x in metrics]),
+            f"{minutes:.0f}",
+            f"{metrics[0]['device']}, {metrics[0]['backend']}",
+            f"`{command(first['config'])}`",
+        )
+        rows.append(f"| {' | '.join(cells)} |")
+    for recipe in RECIPES:
+        if recipe not in runs and recipe != "digits":
+            line = f"`python train.py --recipe {recipe}`"
+            epochs = RECIPES[recipe]().epochs
+            rows.append(f"| **{recipe}** | | {epochs} | not run yet | | | | | {line} |")
+    for name, parameters, epochs, accuracy in PUBLISHED:
+        rows.append(f"| {name} | {parameters} | {epochs} | {accuracy} % | | | | | |")
+    return rows
+
+
+def spread(values):
+    """Mean and standard deviation over the seeds in percent."""
+    mean = f"{100 * statistics.mean(values):.2f}"
+    if len(values) == 1:
+        return f"{mean} %, one seed"
+    return f"{mean} ± {100 * statistics.stdev(values):.2f} %, {len(values)} seeds"
+
+
+def command(config):
+    """The command line that repeats a run, but for its seed and its places."""
+    recipe = RECIPES[config["recipe"]]()
+    words = ["python train.py", f"--recipe {config['recipe']}"]
+    for name, value in config.items():
+        default = getattr(recipe, name, getattr(Run, name, None))
+        value = tuple(value) if isinstance(value, list) else value
+        if name in IMPLIED or value == default:
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            words.append(f"--{flag} {shown}")
+    return " ".join(words)
+
+
+def replaced(text, rows):
+    """The README with new lines between its two marks."""
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    return "\n".join([before + START, "", *rows, "", END + after])
+
+
+def draw(runs, path):
+    """Draws loss and accuracy on training images over the epochs, a line for each seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for index, (recipe, seeds) in enumerate(runs.items()):
+        for number, run in enumerate(seeds):
+            history = run["history"]
+            label = recipe if number == 0 else None
+            style = {"color": f"C{index}", "label": label, "marker": "."}
+            left.plot(history["epoch"], history["loss"], **style)
+            right.plot(history["epoch"], 100 * history["accuracy"], **style)
+    left.set(xlabel="epoch", ylabel="training loss, nats")
+    right.set(xlabel="epoch", ylabel="training accuracy, %")
+    right.legend()
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

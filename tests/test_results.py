@@ -1,0 +1,113 @@
+"""Images that are made worse on purpose, and the table of published runs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import results
+from benchmarks.corruptions import CORRUPTIONS, blurred, compressed, noisy, pale
+
+
+@pytest.fixture
+def images():
+    """Smooth colours with some noise, like photographs."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(40, 216, (6, 4, 4, 3)).repeat(8, axis=1).repeat(8, axis=2)
+    return (coarse + rng.normal(scale=5, size=coarse.shape)).astype("uint8")
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_each_severity_is_further_from_the_images_than_the_one_before(name, images):
+    corrupt, settings = CORRUPTIONS[name]
+    distances = []
+    for setting in settings:
+        worse = corrupt(images, setting)
+        assert worse.shape == images.shape and worse.dtype == np.uint8
+        distances.append(np.square(worse.astype(float) - images).mean())
+    assert len(settings) == 5 and distances == sorted(distances) and distances[0] > 0
+
+
+def test_noise_has_the_deviation_that_it_is_asked_for():
+    gray = np.full((20, 32, 32, 3), 128, "uint8")
+    assert (noisy(gray, 0.1) - 128.0).std() == pytest.approx(25.5, rel=0.02)
+
+
+def test_paleness_shrinks_the_distance_to_the_mean_and_keeps_the_mean(images):
+    worse = pale(images, 0.3)
+    ratio = worse.astype(float).std(axis=(1, 2)) / images.astype(float).std(axis=(1, 2))
+    np.testing.assert_allclose(ratio, 0.3, rtol=0.05)
+    np.testing.assert_allclose(worse.mean(axis=(1, 2)), images.mean(axis=(1, 2)), atol=0.5)
+
+
+def test_blur_spreads_one_pixel_as_a_normal_distribution_and_into_no_other_image():
+    images = np.zeros((2, 15, 15, 1), "uint8")
+    images[0, 7, 7] = 250
+    worse = blurred(images, 1.0)
+    assert worse[0, 7, 7, 0] == round(250 * 0.3989**2) and worse[0, 7, 8, 0] == round(250 * 0.0965)
+    assert not worse[1].any()
+
+
+def test_jpeg_takes_colours_and_gray():
+    for channels in (1, 3):
+        flat = np.full((2, 16, 16, channels), 90, "uint8")
+        np.testing.assert_allclose(compressed(flat, 80).astype(int), 90, atol=2)
+
+
+@pytest.fixture
+def published(monkeypatch, tmp_path):
+    """An empty `results/`, and a function that makes the folder of a finished run."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+
+    def finished(seed, accuracy, **settings):
+        run = tmp_path / f"run-{seed}"
+        run.mkdir()
+        config = {"recipe": "baseline", "seed": seed, "dataset": "cifar10", "epochs": 160}
+        config |= {"data_dir": "/home/me", "output": str(run), **settings}
+        metrics = {"accuracy": accuracy, "calibration_error": 0.05, "epochs": 2}
+        metrics |= {"training_seconds": 600, "parameters": 3_195_146}
+        metrics |= {"device": "a processor", "backend": "jax"}
+        (run / "config.json").write_text(json.dumps(config))
+        (run / "metrics.json").write_text(json.dumps(metrics))
+        (run / "history.csv").write_text("epoch,accuracy,loss\n1,0.4,1.5\n2,0.6,1.1\n")
+        return run
+
+    return finished
+
+
+def test_a_published_run_says_what_it_reached_and_not_where_it_lay(published, tmp_path):
+    folder = results.add(published(3, 0.8))
+    assert folder == tmp_path / "results" / "baseline" / "seed-3"
+    assert not {"data_dir", "output"} & set(json.loads((folder / "config.json").read_text()))
+    row = results.table(results.read())[2]
+    assert row == (
+        "| **baseline** | 3.2 M | 2 | 80.00 %, one seed |  | 5.00 %, one seed | 10 | "
+        "a processor, jax | `python train.py --recipe baseline` |"
+    )
+
+
+def test_seeds_are_averaged_and_told_with_their_spread(published, tmp_path):
+    for seed, accuracy in enumerate((0.78, 0.80, 0.82)):
+        run = published(seed, accuracy, epochs=2, augmentation=False, milestones=[0.5])
+        (run / "corruptions.json").write_text(json.dumps({"mean": accuracy / 2}))
+        results.add(run)
+    runs = results.read()
+    row = results.table(runs)[2]
+    assert "| 80.00 ± 2.00 %, 3 seeds | 40.00 ± 1.00 %, 3 seeds |" in row
+    assert (
+        "`python train.py --recipe baseline --epochs 2 --no-augmentation --milestones 0.5`" in row
+    )
+    results.draw(runs, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_a_recipe_without_runs_is_named_as_not_run(published):
+    rows = results.table(results.read())
+    assert any("**baseline**" in row and "not run yet" in row for row in rows)
+
+
+def test_the_table_takes_the_place_of_the_one_before():
+    text = f"before\n{results.START}\nold\n{results.END}\nafter\n"
+    once = results.replaced(text, ["new"])
+    assert once == f"before\n{results.START}\n\nnew\n\n{results.END}\nafter\n"
+    assert results.replaced(once, ["new"]) == once
