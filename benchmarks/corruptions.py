@@ -14,6 +14,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from keras_vit.files import write_json
+
 
 def noisy(images, deviation):
     """Adds normal noise; its standard deviation is a share of the range of pixels."""
@@ -67,7 +69,7 @@ def main():
         config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
         model = load_model(options.run / "model.keras")
         dataset = load_dataset(config["dataset"], config.get("data_dir"))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         parser.error(f"{options.run} is not the folder of a finished run: {error}")
 
     images, labels = dataset.test_images, dataset.test_labels
@@ -86,7 +88,7 @@ def main():
     found["mean"] = float(np.mean([found[name] for name in CORRUPTIONS]))
     print(f"mean of all {found['mean']:.2%}")
     path = options.run / "corruptions.json"
-    path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(path, found)
     print(f"Written to {path}")
 
 

@@ -16,7 +16,7 @@ import tempfile
 import time
 import typing
 
-from keras_vit.files import CHECKSUMS, PARTS, Busy, locked, whole, write_checksums
+from keras_vit.files import CHECKSUMS, PARTS, Busy, locked, whole, write_checksums, write_json
 from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
@@ -216,7 +216,7 @@ def run(named):
         run_facts = {"dataset": dataset.name, "recipe": options.recipe, "seed": options.seed}
         seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
         # Before the pictures, whose failure must not cost the numbers.
-        _write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
+        write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
         write_checksums(run_dir, (*OF_A_RUN, "model.keras", "config.json"))
         # Without a checkpoint the run counts as finished.
@@ -298,7 +298,7 @@ def _start_or_continue(run_dir, settings, overwrite):
             (run_dir / name).unlink(missing_ok=True)
         if (run_dir / CHECKPOINTS).exists():
             shutil.rmtree(run_dir / CHECKPOINTS)
-    _write_json(path, settings)
+    write_json(path, settings)
 
 
 @contextlib.contextmanager
@@ -529,7 +529,7 @@ def _read_config(path, fields):
             numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
             settings[name] = tuple(value) if numbers else value
         elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-            settings[name] = value * 1.0 if abs(value) < sys.float_info.max else math.inf
+            settings[name] = float(value) if abs(value) < sys.float_info.max else math.inf
         if type(settings[name]) is not kind and not (value is None and field.default is None):
             raise Failure(
                 f"--config {path} has {name} = {value!r:.40}, expected a value of type "
@@ -555,8 +555,3 @@ def _settings_of(path):
 def _plain(settings):
     """Settings as they come back from a file."""
     return json.loads(json.dumps(settings))
-
-
-def _write_json(path, content):
-    with whole(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 
@@ -50,6 +51,12 @@ def _flush_names(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_json(path, content):
+    """Writes a dictionary as indented JSON."""
+    with whole(path) as part:
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_checksums(folder, names):

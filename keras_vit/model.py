@@ -86,7 +86,7 @@ class VisionTransformer(keras.Model):
         }
         sizes = {name: positive_integer(name, size) for name, size in sizes.items()}
         image_shape = shape_of_image(image_shape)
-        share_below_one("dropout", dropout)
+        dropout = share_below_one("dropout", dropout)
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
