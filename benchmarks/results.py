@@ -13,6 +13,7 @@ import statistics
 import numpy as np
 
 from keras_vit.cli import Run
+from keras_vit.files import write_json
 from keras_vit.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -43,8 +44,8 @@ def main():
     if options.add:
         try:
             print(f"Taken over into {add(options.add)}")
-        except (OSError, ValueError, KeyError) as error:
-            parser.error(f"{options.add} is not the folder of a finished run: {error}")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{options.add} cannot be published: {error}")
     runs = read()
     rows = table(runs)
     path = ROOT / "README.md"
@@ -56,18 +57,33 @@ def main():
 
 def add(run_dir):
     """Copies settings, history and numbers of a run, without its places; returns the new folder."""
-    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
-    metrics = json.loads((run_dir / "metrics.json").read_text(encoding="utf-8"))
+    run = run_of(run_dir)
+    config, metrics = run["config"], run["metrics"]
+    if metrics["dataset"] != "cifar10":
+        raise ValueError(f"the table is about cifar10, not {metrics['dataset']}")
+    if "corruptions" in run and run["corruptions"]["clean"] != metrics["accuracy"]:
+        raise ValueError("its corruptions.json is about another model: measure it again")
+    table({config["recipe"]: [run]})  # Raises what a later one would, before anything is written.
     folder = RESULTS / config["recipe"] / f"seed-{config['seed']}"
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in config.items() if name not in PLACES}
-    for name, content in {"config.json": config, "metrics.json": metrics}.items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
-    shutil.copy(run_dir / "history.csv", folder)
-    if (run_dir / "corruptions.json").exists():
-        shutil.copy(run_dir / "corruptions.json", folder)
+    # An `.npz` file is named by where it lay.
+    write_json(folder / "config.json", {**config, "dataset": metrics["dataset"]})
+    for name in ("metrics.json", "history.csv", "corruptions.json"):
+        if (run_dir / name).exists():
+            shutil.copy(run_dir / name, folder)
     return folder
+
+
+def run_of(folder):
+    """What the files of a run's folder hold: dictionaries by name, and the columns of `history`."""
+    run = {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("config", "metrics", "corruptions")
+        if name != "corruptions" or (folder / "corruptions.json").exists()
+    }
+    columns = np.genfromtxt(folder / "history.csv", delimiter=",", names=True, ndmin=1)
+    return {**run, "history": columns}
 
 
 def read():
@@ -75,12 +91,7 @@ def read():
     runs = {}
     for recipe in RECIPES:
         for folder in sorted((RESULTS / recipe).glob("seed-*")):
-            run = {
-                path.stem: json.loads(path.read_text(encoding="utf-8"))
-                for path in folder.glob("*.json")
-            }
-            columns = np.genfromtxt(folder / "history.csv", delimiter=",", names=True, ndmin=1)
-            runs.setdefault(recipe, []).append({**run, "history": columns})
+            runs.setdefault(recipe, []).append(run_of(folder))
     return runs
 
 

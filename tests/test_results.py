@@ -64,7 +64,8 @@ def published(monkeypatch, tmp_path):
         run.mkdir()
         config = {"recipe": "baseline", "seed": seed, "dataset": "cifar10", "epochs": 160}
         config |= {"data_dir": "/home/me", "output": str(run), **settings}
-        metrics = {"accuracy": accuracy, "calibration_error": 0.05, "epochs": 2}
+        metrics = {"dataset": "cifar10", "accuracy": accuracy, "calibration_error": 0.05}
+        metrics |= {"epochs": 2}
         metrics |= {"training_seconds": 600, "parameters": 3_195_146}
         metrics |= {"device": "a processor", "backend": "jax"}
         (run / "config.json").write_text(json.dumps(config))
@@ -86,10 +87,41 @@ def test_a_published_run_says_what_it_reached_and_not_where_it_lay(published, tm
     )
 
 
+def test_an_npz_file_is_published_without_the_folder_it_lay_in(published):
+    folder = results.add(published(0, 0.8, dataset="/home/me/cifar10.npz"))
+    assert "/home/me" not in (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda run: (run / "history.csv").unlink(),
+        lambda run: (run / "metrics.json").unlink(),
+        lambda run: (run / "metrics.json").write_text("{}"),
+        lambda run: (run / "metrics.json").write_text('{"dataset": "digits"}'),
+        lambda run: (run / "metrics.json").write_text('{"dataset": "cifar10"}'),
+        lambda run: (run / "config.json").write_text("[]"),
+        lambda run: (run / "corruptions.json").write_text('{"clean": 0.5, "mean": 0.4}'),
+    ],
+)
+def test_what_cannot_be_published_is_said_in_one_line_and_leaves_nothing(
+    damage, capsys, monkeypatch, published, tmp_path
+):
+    run = published(0, 0.8)
+    damage(run)
+    monkeypatch.setattr("sys.argv", ["results", "--add", str(run)])
+    with pytest.raises(SystemExit) as ended:
+        results.main()
+    assert ended.value.code == 2
+    assert f"error: {run} cannot be published: " in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "results").exists()
+
+
 def test_seeds_are_averaged_and_told_with_their_spread(published, tmp_path):
     for seed, accuracy in enumerate((0.78, 0.80, 0.82)):
         run = published(seed, accuracy, epochs=2, augmentation=False, milestones=[0.5])
-        (run / "corruptions.json").write_text(json.dumps({"mean": accuracy / 2}))
+        corruptions = {"clean": accuracy, "mean": accuracy / 2}
+        (run / "corruptions.json").write_text(json.dumps(corruptions))
         results.add(run)
     runs = results.read()
     row = results.table(runs)[2]
