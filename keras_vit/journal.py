@@ -12,6 +12,7 @@ import keras
 from keras import ops
 
 from keras_vit import checkpoints
+from keras_vit.devices import accelerators
 from keras_vit.files import whole
 
 TIMING = ("epoch", "seconds")
@@ -38,7 +39,7 @@ class OtherData(Exception):
 class Journal(keras.callbacks.Callback):
     """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
 
-    Checkpoints are copied between two steps and written while training goes on.
+    Checkpoints are made between two steps; with a GPU, they are written while training goes on.
 
     Args:
         model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, it takes its
@@ -163,7 +164,12 @@ class Journal(keras.callbacks.Callback):
         place = self.epoch, batch, list(self.rows), seconds, self.data
         self._written.result()  # One at a time.
         checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
-        self._written = self._writer.submit(self._write, checkpoint)
+        if accelerators():
+            self._written = self._writer.submit(self._write, checkpoint)
+        else:
+            # An epoch takes so long there that a tenth of a second is nothing, and copies that live
+            # beside the steps cost TensorFlow up to half its speed.
+            self._write(checkpoint)
 
     def _write(self, checkpoint):
         checkpoints.save(self.run_dir / "checkpoints", checkpoint)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from test_training import colours, small_model, small_recipe
 
-from keras_vit import checkpoints, training
+from keras_vit import checkpoints, journal, training
 from keras_vit.journal import Diverged, Interrupted, Journal, OtherData
 from keras_vit.training import fit
 
@@ -150,7 +150,19 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
         fit(small_model(dataset), other, RECIPE, 0, validation, tmp_path)
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_training(monkeypatch, tmp_path):
+@pytest.fixture(params=[[], ["gpu:0"]], ids=["at once", "while training goes on"])
+def writing(request, monkeypatch):
+    """Both ways of writing checkpoints: a GPU, or what is taken for one, has them written late."""
+    monkeypatch.setattr(journal, "accelerators", lambda: request.param)
+
+
+def test_checkpoints_written_either_way_lead_to_the_same_end(writing, whole, tmp_path):
+    for stop in ((1, 2), (2, 5)):
+        assert learn(tmp_path, stop, save_every=2) is None
+    assert_same(learn(tmp_path), tmp_path, whole)
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(writing, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -160,7 +172,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(monkeypatch, tmp_
         fit(small_model(dataset), dataset, small_recipe(epochs=1), run_dir=tmp_path)
 
 
-def test_training_does_not_change_a_checkpoint_that_is_written_late(monkeypatch, tmp_path):
+def test_training_does_not_change_a_checkpoint_that_is_written_late(writing, monkeypatch, tmp_path):
     late, at_once, copy_of_state = [], [], checkpoints.copy_of_state
 
     def noted(model):
