@@ -8,8 +8,11 @@ __version__ = "0.1.0"
 
 # Where each public name lives.
 _HOMES = {
+    "LabelSmoothingCrossentropy": "keras_vit.losses",
+    "MixUpCutMix": "keras_vit.layers",
     "Patches": "keras_vit.layers",
     "RandomResizedCrop": "keras_vit.layers",
+    "TrivialAugment": "keras_vit.layers",
     "VisionTransformer": "keras_vit.model",
     "attention_rollout": "keras_vit.attention",
     "attention_scores": "keras_vit.attention",
@@ -35,3 +38,4 @@ def _is_command_line():
 # Everyone else finds the classes registered, so that `keras.saving.load_model` needs no more.
 if not _is_command_line():
     importlib.import_module("keras_vit.model")
+    importlib.import_module("keras_vit.losses")

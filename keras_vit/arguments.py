@@ -32,6 +32,17 @@ def shape_of_image(image_shape):
     return height, width, channels
 
 
+def share(name, value):
+    """`value`, if it is a number in [0, 1].
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError(f"Expected `{name}` to lie in [0, 1]. Received: {name}={value!r}")
+    return value
+
+
 def share_below_one(name, value):
     """`value`, if it is a number in [0, 1).
 

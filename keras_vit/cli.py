@@ -17,7 +17,7 @@ import time
 import typing
 
 from keras_vit.files import CHECKSUMS, PARTS, Busy, locked, whole, write_checksums, write_json
-from keras_vit.recipes import DEFAULT_RECIPES, RECIPES, option
+from keras_vit.recipes import CPU_RECIPE, DEFAULT_RECIPES, RECIPE, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
@@ -47,7 +47,7 @@ class Run:
     validation: int = option(0, "training images held out to measure each epoch", low=0)
     recipe: str | None = option(
         None,
-        "settings to start from (default: baseline; digits has its own)",
+        "settings to start from (default: baseline, without a GPU quick; digits has its own)",
         choices=tuple(RECIPES),
     )
     seed: int = option(
@@ -135,7 +135,7 @@ def settle(named):
         A `Run` and a `Recipe`.
     """
     dataset = named.get("dataset", Run.dataset)
-    name = named.get("recipe") or DEFAULT_RECIPES.get(dataset, "baseline")
+    name = named.get("recipe") or DEFAULT_RECIPES.get(dataset, RECIPE)
     recipe = RECIPES[name]
     values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named, "recipe": name}
     _check_together(values)
@@ -149,11 +149,14 @@ def run(named):
         named: dictionary of the settings that the user named, as `parse` returns it.
     """
     options, recipe = settle(named)
+    # Only the device tells which recipe suits it.
+    undecided = named.get("recipe") is None and options.dataset not in DEFAULT_RECIPES
     start = time.perf_counter()
     _choose_backend(options.backend)
     if options.tensorboard:
         _require("tensorboard", "--tensorboard")
-    _run_dir(options)
+    if options.output or not undecided:
+        _run_dir(options)
     figures_dir = _writable(options.figures_dir, "--figures-dir")
     # The rest of the package imports Keras, whose backend is settled only now.
     with _quiet():
@@ -174,8 +177,11 @@ def run(named):
     dataset = _load(options, named)
     if dataset.name == "digits" and not options.dataset.endswith(("digits", ".npz")):
         options, recipe = settle({**named, "dataset": "digits"})
+    elif undecided and not devices.accelerators():
+        options, recipe = settle({**named, "recipe": CPU_RECIPE})
+        print(f"No GPU found: recipe {CPU_RECIPE} (--recipe {RECIPE} is the larger model).")
     run_dir = _run_dir(options)
-    if "epochs" not in named and not devices.accelerators():
+    if "epochs" not in named and not devices.accelerators() and recipe.epochs != recipe.cpu_epochs:
         recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
@@ -485,6 +491,8 @@ def _check(field, value):
             raise Failure(f"{flag} must be a finite number, but is {number}")
         if limits["low"] is not None and not number >= limits["low"]:
             raise Failure(f"{flag} must be at least {limits['low']}, but is {number}")
+        if limits["high"] is not None and not number <= limits["high"]:
+            raise Failure(f"{flag} must be at most {limits['high']}, but is {number}")
         if limits["above"] is not None and not number > limits["above"]:
             raise Failure(f"{flag} must be over {limits['above']}, but is {number}")
         if limits["below"] is not None and not number < limits["below"]:
@@ -500,6 +508,9 @@ def _check_together(values):
         raise Failure(f"--embed-dim must be a multiple of --num-heads {heads}, but is {width}")
     if values["warmup"] and values["schedule"] != "cosine":
         raise Failure(f"--warmup {values['warmup']} needs --schedule cosine")
+    mixup, cutmix = values["mixup"], values["cutmix"]
+    if mixup + cutmix > 1:
+        raise Failure(f"--mixup {mixup} and --cutmix {cutmix} must be 1 at most together")
     side = KNOWN_SIDES.get(values["dataset"])
     if side is not None and side % values["patch_size"]:
         patch = values["patch_size"]

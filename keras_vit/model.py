@@ -10,12 +10,14 @@ from keras_vit.layers import (
     ClassToken,
     Dropout,
     LayerNormalization,
+    MixUpCutMix,
     MultiHeadAttention,
     Patches,
     PositionEmbedding,
     RandomResizedCrop,
     gelu,
 )
+from keras_vit.layers.mix import partners
 
 EPSILON = 1e-6
 
@@ -43,16 +45,22 @@ class VisionTransformer(keras.Model):
         num_heads: int, attention heads `A` of a block.
         depth: int, number of blocks `L`.
         dropout: float in [0, 1), rate of every dropout, attention's included.
+        stochastic_depth: float in [0, 1), how often training leaves out the
+            last block's attention, and its MLP, for an image; blocks before
+            it are left out less often, in proportion to their number (Huang
+            et al., 2016).
         augmentation: list of layers applied to the images of a training
             batch, in order. By default a horizontal flip and a
-            `RandomResizedCrop` to the same size; `[]` for none.
+            `RandomResizedCrop` to the same size; `[]` for none. A
+            `MixUpCutMix` among them mixes the labels in the loss as well.
         dtype: dtype policy of the layers, such as `"mixed_bfloat16"`; by
             default the global one. Pixels and logits stay in float32.
         **kwargs: base model keyword arguments, such as `name`.
 
     Raises:
         ValueError: if a size lies outside its range, if `num_heads` does not
-            divide `embed_dim`, or `patch_size` not the image.
+            divide `embed_dim`, `patch_size` not the image, or if several
+            layers of the augmentation mix images.
 
     Example:
 
@@ -72,6 +80,7 @@ class VisionTransformer(keras.Model):
         num_heads=8,
         depth=6,
         dropout=0.2,
+        stochastic_depth=0.0,
         augmentation=None,
         dtype=None,
         **kwargs,
@@ -87,6 +96,7 @@ class VisionTransformer(keras.Model):
         sizes = {name: positive_integer(name, size) for name, size in sizes.items()}
         image_shape = shape_of_image(image_shape)
         dropout = share_below_one("dropout", dropout)
+        stochastic_depth = share_below_one("stochastic_depth", stochastic_depth)
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
@@ -94,6 +104,12 @@ class VisionTransformer(keras.Model):
             )
         if augmentation is None:
             augmentation = default_augmentation(image_shape)
+        mixing = [layer for layer in augmentation if isinstance(layer, MixUpCutMix)]
+        if len(mixing) > 1:
+            raise ValueError(
+                "Expected one layer of `augmentation` to mix images at most. "
+                f"Received: augmentation={list(augmentation)}"
+            )
 
         policy = keras.dtype_policies.get(dtype)
         with _default_policy(policy):
@@ -111,15 +127,18 @@ class VisionTransformer(keras.Model):
                 # The head reads the class token alone: the last block leaves out the others.
                 tokens = 1 if block == depth else None
                 name = f"block_{block}"
-                x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens)
+                skipping = stochastic_depth * block / depth
+                x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, skipping)
             x = LayerNormalization(epsilon=EPSILON, name="norm")(x)
             logits = dense(num_classes, dtype="float32", name="head")(x[:, 0])
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
+        self._mixing = mixing
         self._config = {
             "image_shape": image_shape,
             "dropout": dropout,
+            "stochastic_depth": stochastic_depth,
             "dtype": policy.name,
             **sizes,
         }
@@ -131,6 +150,18 @@ class VisionTransformer(keras.Model):
             images: array `(B, H, W, C)` of raw pixels.
         """
         self.get_layer("normalization").adapt(images)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """Keras's loss of a batch; where training mixed its images, the loss mixes their labels."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if not (training and self._mixing):
+            return loss
+        y = keras.tree.map_structure(partners, y)
+        sample_weight = None if sample_weight is None else partners(sample_weight)
+        kept = self._mixing[0].kept
+        return kept * loss + (1 - kept) * super().compute_loss(
+            x, y, y_pred, sample_weight, training
+        )
 
     def make_train_function(self, force=False):
         """Keras's function of a training step; called by `fit`."""
@@ -183,7 +214,7 @@ def default_augmentation(image_shape, horizontal_flip=True):
     return [flip, crop] if horizontal_flip else [crop]
 
 
-def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
+def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skipping=0.0):
     """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 
     Args:
@@ -194,6 +225,8 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
         name: string that starts the names of the block's layers.
         tokens: int, how many tokens, from the first, the block computes; all by default. Each of
             them attends to all `T` nevertheless.
+        skipping: float, how often training adds nothing to the tokens of an image, decided for
+            attention and MLP each.
 
     Returns:
         Tokens `(B, T, D)`, or `(B, tokens, D)`.
@@ -210,6 +243,7 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
         kernel_initializer=kernel_initializer(),
         name=f"{name}_attention",
     )(queries, normed)
+    attended = _skipped_at_random(attended, skipping, f"{name}_attention_skip")
     x = keras.layers.Add(name=f"{name}_attention_sum")([x, attended])
 
     y = LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
@@ -217,7 +251,15 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None):
     y = Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
     y = dense(width, name=f"{name}_mlp_output")(y)
     y = Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)
+    y = _skipped_at_random(y, skipping, f"{name}_mlp_skip")
     return keras.layers.Add(name=f"{name}_mlp_sum")([x, y])
+
+
+def _skipped_at_random(x, rate, name):
+    """Tokens `(B, T, D)`, in training all zero for a share of the images."""
+    if not rate:
+        return x
+    return keras.layers.Dropout(rate, noise_shape=(None, 1, 1), name=name)(x)
 
 
 def dense(units, **kwargs):

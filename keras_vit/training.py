@@ -6,6 +6,8 @@ import numpy as np
 from keras_vit.data import Batches, DeviceBatches, digest
 from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.journal import Journal
+from keras_vit.layers import MixUpCutMix, TrivialAugment
+from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
 
 # Training steps that JAX runs on a GPU without asking the host.
@@ -85,8 +87,6 @@ def build_model(dataset, recipe, dtype=None):
     Raises:
         ValueError: if the recipe's sizes do not fit the images or each other.
     """
-    flip = dataset.horizontal_flip
-    layers = default_augmentation(dataset.image_shape, flip) if recipe.augmentation else []
     model = VisionTransformer(
         dataset.image_shape,
         len(dataset.class_names),
@@ -96,11 +96,39 @@ def build_model(dataset, recipe, dtype=None):
         num_heads=recipe.num_heads,
         depth=recipe.depth,
         dropout=recipe.dropout,
-        augmentation=layers,
+        stochastic_depth=recipe.stochastic_depth,
+        augmentation=augmentation(dataset, recipe),
         dtype=dtype,
     )
     model.adapt(dataset.train_images)
     return model
+
+
+def augmentation(dataset, recipe):
+    """The layers that vary the training images of a data set as a recipe wants it.
+
+    Args:
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+
+    Returns:
+        List of layers.
+    """
+    layers = []
+    if recipe.augmentation:
+        layers += default_augmentation(dataset.image_shape, dataset.horizontal_flip)
+    if recipe.trivial_augment:
+        layers.append(TrivialAugment(dtype="float32", name="trivial_augment"))
+    if recipe.erasing:
+        share = (recipe.erasing, recipe.erasing)
+        layers.append(
+            keras.layers.RandomErasing(
+                share, fill_value=128, data_format="channels_last", dtype="float32", name="erasing"
+            )
+        )
+    if recipe.mixup or recipe.cutmix:
+        layers.append(MixUpCutMix(recipe.mixup, recipe.cutmix, dtype="float32", name="mix"))
+    return layers
 
 
 def fit(
@@ -176,13 +204,16 @@ def batches_of(images, labels, batch_size, seed):
 
 def compile_model(model, recipe, steps_per_epoch=1):
     """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if recipe.label_smoothing:
+        loss = LabelSmoothingCrossentropy(recipe.label_smoothing)
     # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
     on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
     model.compile(
         optimizer=keras.optimizers.AdamW(
             learning_rate(recipe, steps_per_epoch), weight_decay=recipe.weight_decay
         ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        loss=loss,
         metrics=["accuracy"],
         jit_compile=False if on_tensorflow_cpu else "auto",
         steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,

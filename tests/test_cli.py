@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import hashlib
 import json
@@ -103,6 +104,23 @@ def test_the_digits_have_a_recipe_of_their_own():
     run, recipe = cli.settle(cli.parse(["--dataset", "digits", "--recipe", "baseline"]))
     assert (run.recipe, recipe) == ("baseline", RECIPES["baseline"]())
     assert cli.settle(cli.parse([]))[0].recipe == "baseline"
+
+
+def test_without_a_gpu_a_plain_run_takes_the_quick_recipe(capsys, monkeypatch, tmp_path):
+    other = dataclasses.replace(data.load_dataset("digits"), name="cifar10")
+    monkeypatch.setattr(data, "load_dataset", lambda *_: other)
+    monkeypatch.setattr(devices, "accelerators", lambda: [])
+    monkeypatch.chdir(tmp_path)
+    arguments = [*TINY, "--limit-train=40", "--epochs=1"]
+    assert cli.main(arguments) == 0
+    folder = tmp_path / "runs" / "cifar10-quick-seed0"
+    assert json.loads((folder / "config.json").read_text())["recipe"] == "quick"
+    assert "No GPU found: recipe quick" in capsys.readouterr().out
+    # The same command does not train over it.
+    assert cli.main(arguments) == 2
+    assert "holds a finished run" in capsys.readouterr().err
+    assert cli.main([*arguments, "--recipe=baseline"]) == 0
+    assert (tmp_path / "runs" / "cifar10-baseline-seed0" / "metrics.json").exists()
 
 
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):

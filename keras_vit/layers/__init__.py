@@ -3,18 +3,22 @@
 from keras_vit.layers.activations import gelu
 from keras_vit.layers.attention import MultiHeadAttention
 from keras_vit.layers.dropout import Dropout
+from keras_vit.layers.mix import MixUpCutMix
 from keras_vit.layers.normalization import LayerNormalization
 from keras_vit.layers.patches import Patches
 from keras_vit.layers.random_resized_crop import RandomResizedCrop
 from keras_vit.layers.tokens import ClassToken, PositionEmbedding
+from keras_vit.layers.trivial_augment import TrivialAugment
 
 __all__ = [
     "ClassToken",
     "Dropout",
     "LayerNormalization",
+    "MixUpCutMix",
     "MultiHeadAttention",
     "Patches",
     "PositionEmbedding",
     "RandomResizedCrop",
+    "TrivialAugment",
     "gelu",
 ]

@@ -1,0 +1,117 @@
+"""What each part of the recipe `strong` is worth, on training images that were held out.
+
+`python -m benchmarks.ablation remove` trains `strong`, and again without each of its parts;
+`add` trains with none of them, with each one alone and with all. Further options go to every run of
+`train.py`, such as smaller sizes. Runs that are finished are not repeated. The table goes to
+`benchmarks/results/ablation-<mode>.json`; the test set has no part in it.
+"""
+
+import argparse
+import concurrent.futures
+import pathlib
+import queue
+import subprocess
+import sys
+
+import numpy as np
+
+from keras_vit.files import write_json
+from keras_vit.recipes import Baseline
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What belongs together, by the names of the recipe's fields.
+PARTS = {
+    "rate and cosine": ("learning_rate", "schedule", "warmup"),
+    "weight decay": ("weight_decay",),
+    "no dropout": ("dropout",),
+    "stochastic depth": ("stochastic_depth",),
+    "TrivialAugment": ("trivial_augment",),
+    "random erasing": ("erasing",),
+    "MixUp and CutMix": ("mixup", "cutmix"),
+    "label smoothing": ("label_smoothing",),
+}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=("remove", "add"))
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "ablation")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core for each")
+    options, train = parser.parse_known_args()
+    train = ["--validation", "5000", *train]
+    runs = variants(options.mode)
+    folders = [options.output / options.mode / name.replace(" ", "-") for name in runs]
+    cores = queue.SimpleQueue()
+    for core in range(options.jobs):
+        cores.put(str(core) if options.jobs > 1 else None)
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        tasks = [
+            pool.submit(run, [*train, *words], folder, cores)
+            for words, folder in zip(runs.values(), folders, strict=True)
+        ]
+        for task in tasks:
+            task.result()
+    accuracies = [accuracy(folder) for folder in folders]
+    found = dict(zip(runs, accuracies, strict=True))
+    print("\n".join(table(found)))
+    settings = {"mode": options.mode, "train": train, "validation_accuracy": found}
+    write_json(ROOT / "benchmarks" / "results" / f"ablation-{options.mode}.json", settings)
+
+
+def variants(mode):
+    """Options of `train.py` by the names of the runs, the one to compare with in front."""
+    everything = [field for fields in PARTS.values() for field in fields]
+    if mode == "remove":
+        left_out = {"strong": [], **{f"without {name}": x for name, x in PARTS.items()}}
+    else:
+        left_out = {"none of them": everything, "all of them": []}
+        for name, fields in PARTS.items():
+            left_out[name] = [field for field in everything if field not in fields]
+    return {name: ["--recipe", "strong", *flags(fields)] for name, fields in left_out.items()}
+
+
+def flags(fields):
+    """Options of `train.py` that give fields the values that they have in the baseline."""
+    words, recipe = [], Baseline()
+    for field in fields:
+        value, flag = getattr(recipe, field), field.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return words
+
+
+def run(words, folder, cores):
+    """Trains in a process of its own, on the next free core where several train at once."""
+    if (folder / "metrics.json").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    core = cores.get()
+    pinned = ["taskset", "--cpu-list", core] if core else []
+    places = ["--output", folder, "--figures-dir", folder / "figures"]
+    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+        command = [*pinned, sys.executable, ROOT / "train.py", *words, *places]
+        subprocess.run(command, stdout=log, stderr=log, check=True)
+    cores.put(core)
+
+
+def accuracy(folder):
+    """On the images held out, after the last epoch."""
+    return float(
+        np.genfromtxt(folder / "history.csv", delimiter=",", names=True)["val_accuracy"][-1]
+    )
+
+
+def table(found):
+    """Lines of Markdown, the largest gain or loss in front."""
+    (first, reference), *others = found.items()
+    rows = ["| | validation accuracy | difference |", "| --- | --- | --- |"]
+    rows.append(f"| {first} | {reference:.2%} | |")
+    for name, value in sorted(others, key=lambda row: -abs(row[1] - reference)):
+        rows.append(f"| {name} | {value:.2%} | {100 * (value - reference):+.2f} |")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

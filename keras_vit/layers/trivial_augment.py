@@ -1,0 +1,211 @@
+"""One random distortion for each training image: TrivialAugment, batched and inside the model."""
+
+import math
+
+import keras
+from keras import ops
+
+KINDS = (
+    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    *("brightness", "color", "contrast", "sharpness"),
+    *("posterize", "solarize", "autocontrast", "equalize"),
+)
+# Shares of red, green and blue in what the eye sees as brightness (ITU-R BT.601).
+LUMA = (0.299, 0.587, 0.114)
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class TrivialAugment(keras.layers.Layer):
+    """Distorts each training image in one way, drawn at random, by a random strength.
+
+    The fourteen ways and their strengths are those of TrivialAugment's wide
+    space (Müller & Hutter, 2021, arXiv:2103.10158): nothing, shearing by up
+    to 0.99, shifting by up to 32 pixels, turning by up to 135 degrees,
+    brightness, color, contrast and sharpness times 0.01 to 1.99, two bits per
+    channel at least, inversion of the brightest pixels, and histograms
+    stretched or flattened. Nothing is left to tune.
+
+    Each image of a batch gets a kind and a strength of its own, where Keras's
+    `RandAugment` distorts a whole batch in the same way. Shearing and turning
+    are about the centre, resampled bilinearly; pixels from outside are black.
+
+    With `training=False` images pass unchanged.
+
+    Input shape:
+        4D tensor `(B, H, W, C)`, integers or floats from 0 to 255. Images of
+        three channels are taken as RGB.
+
+    Output shape:
+        The same, floats.
+
+    Args:
+        seed: int, makes the draws reproducible.
+        **kwargs: base layer keyword arguments, such as `name` and `dtype`.
+
+    Example:
+
+    >>> images = np.random.uniform(0, 255, (8, 32, 32, 3))
+    >>> keras_vit.TrivialAugment()(images, training=True).shape
+    (8, 32, 32, 3)
+    """
+
+    def __init__(self, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self.seed = seed
+        self.generator = keras.random.SeedGenerator(seed)
+
+    def call(self, images, training=False):
+        images = ops.cast(images, self.compute_dtype)
+        if not training:
+            return images
+        batch_size = ops.shape(images)[0]
+        kind = keras.random.randint((batch_size,), 0, len(KINDS), seed=self.generator)
+        strength = keras.random.uniform((batch_size,), -1, 1, seed=self.generator)
+        return ops.cast(distort(images, kind, strength), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {**super().get_config(), "seed": self.seed}
+
+
+def distort(images, kind, strength):
+    """Distorts each image in its own way.
+
+    Args:
+        images: tensor `(B, H, W, C)`, 0 to 255.
+        kind: integer tensor `(B,)`, indices of `KINDS`.
+        strength: tensor `(B,)`, -1 to 1. Where a kind has one direction only, its absolute value
+            counts.
+
+    Returns:
+        Tensor `(B, H, W, C)` of float32.
+    """
+    images, strength = ops.cast(images, "float32"), ops.cast(strength, "float32")
+    kind = ops.cast(kind, "int32")
+
+    def chosen(name):
+        """1 for the images of a kind and 0 for the others, `(B,)`."""
+        return ops.cast(kind == KINDS.index(name), "float32")
+
+    def amount(name):
+        """The strength for the images of a kind and 0 for the others, `(B,)`."""
+        return chosen(name) * strength
+
+    def of_image(values):
+        return values[:, None, None, None]
+
+    def only(name, changed):
+        """The changed images where they are of a kind, the others as they were."""
+        return ops.where(of_image(kind == KINDS.index(name)), changed, images)
+
+    # Each image is changed by one of these lines and passes through the others.
+    angle = math.radians(135) * amount("rotate")
+    images = transformed(
+        images,
+        [
+            [ops.cos(angle), 0.99 * amount("shear_x") - ops.sin(angle)],
+            [0.99 * amount("shear_y") + ops.sin(angle), ops.cos(angle)],
+        ],
+        [32 * amount("translate_x"), 32 * amount("translate_y")],
+    )
+
+    grey = _grey(images)
+    other = (
+        of_image(chosen("color")) * grey
+        + of_image(chosen("contrast")) * ops.mean(grey, axis=(1, 2, 3), keepdims=True)
+        + of_image(chosen("sharpness")) * smoothed(images)
+    )
+    blends = sum(amount(name) for name in ("brightness", "color", "contrast", "sharpness"))
+    blended = images + of_image(0.99 * blends) * (images - other)
+    images = ops.clip(blended, 0, 255)
+
+    size = ops.abs(strength)
+    step = of_image(2 ** ops.round(6 * size))
+    images = only("posterize", ops.floor(images / step) * step)
+    images = only("solarize", ops.where(images < of_image(255 * (1 - size)), images, 255 - images))
+    images = only("autocontrast", stretched(images))
+    return only("equalize", flattened(images))
+
+
+def transformed(images, matrix, shift):
+    """Resamples images bilinearly; what comes from outside of them is black.
+
+    Args:
+        images: tensor `(B, H, W, C)`.
+        matrix: two rows of two tensors `(B,)`. Together with `shift` they lead from the place of
+            a pixel of the output, as x and y from the centre, to its place in the input.
+        shift: two tensors `(B,)`, in pixels.
+    """
+    _, height, width, channels = images.shape
+    x = ops.arange(width, dtype="float32")[None, None, :] - (width - 1) / 2
+    y = ops.arange(height, dtype="float32")[None, :, None] - (height - 1) / 2
+    (x_of_x, x_of_y), (y_of_x, y_of_y) = ((c[:, None, None] for c in row) for row in matrix)
+    left, top = (values[:, None, None] for values in shift)
+    column = x_of_x * x + x_of_y * y + left + (width - 1) / 2
+    row = y_of_x * x + y_of_y * y + top + (height - 1) / 2
+
+    # All pixels in one list: looking them up there takes a third of `take_along_axis`'s time.
+    pixels = ops.reshape(images, (-1, channels))
+    first = height * width * ops.arange(ops.shape(images)[0], dtype="int32")[:, None, None]
+    first_row, first_column = ops.floor(row), ops.floor(column)
+    total = 0.0
+    for r in (first_row, first_row + 1):
+        for c in (first_column, first_column + 1):
+            weight = (1 - ops.abs(row - r)) * (1 - ops.abs(column - c))
+            inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+            index = ops.clip(r, 0, height - 1) * width + ops.clip(c, 0, width - 1)
+            found = ops.take(pixels, first + ops.cast(index, "int32"), axis=0)
+            total = total + ops.where(inside, weight, 0.0)[:, :, :, None] * found
+    return total
+
+
+def smoothed(images):
+    """Means of 3x3 pixels, in which the middle counts five times; borders stay as they are."""
+    if min(images.shape[1:3]) < 3:
+        return images
+    rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
+    squares = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+    middle = (squares + 4 * images[:, 1:-1, 1:-1]) / 13
+    middle = ops.concatenate([images[:, 1:-1, :1], middle, images[:, 1:-1, -1:]], axis=2)
+    return ops.concatenate([images[:, :1], middle, images[:, -1:]], axis=1)
+
+
+def stretched(images):
+    """Each channel of each image moved and scaled to reach from 0 to 255."""
+    low = ops.min(images, axis=(1, 2), keepdims=True)
+    high = ops.max(images, axis=(1, 2), keepdims=True)
+    return ops.where(high > low, (images - low) * 255 / ops.maximum(high - low, 1e-6), images)
+
+
+def flattened(images):
+    """Histogram equalization: each of 256 values moves to the share of pixels that are darker."""
+    batch_size = ops.shape(images)[0]
+    _, height, width, channels = images.shape
+    values = ops.cast(ops.clip(ops.round(images), 0, 255), "int32")
+    values = ops.reshape(ops.transpose(values, (0, 3, 1, 2)), (-1, height * width))
+    histograms = batch_size * channels
+    bins = values + 256 * ops.arange(histograms, dtype="int32")[:, None]
+    counts = ops.segment_sum(
+        ops.ones_like(ops.reshape(bins, (-1,))), ops.reshape(bins, (-1,)), 256 * histograms
+    )
+    counts = ops.reshape(counts, (-1, 256))
+    # As Pillow does it, in whole numbers: the brightest value's pixels are not counted.
+    brightest = ops.max(values, axis=1, keepdims=True)
+    of_brightest = ops.take_along_axis(counts, brightest, axis=1)
+    step = (height * width - of_brightest) // 255
+    darker = ops.cumsum(counts, axis=1) - counts
+    table = ops.minimum((darker + step // 2) // ops.maximum(step, 1), 255)
+    equalized = ops.take(ops.reshape(table, (-1,)), bins, axis=0)
+    equalized = ops.where(step > 0, equalized, values)
+    equalized = ops.reshape(ops.cast(equalized, "float32"), (-1, channels, height, width))
+    return ops.transpose(equalized, (0, 2, 3, 1))
+
+
+def _grey(images):
+    """Brightness `(B, H, W, 1)` of images."""
+    if images.shape[-1] != 3:
+        return ops.mean(images, axis=-1, keepdims=True)
+    return ops.sum(images * ops.convert_to_tensor(LUMA), axis=-1, keepdims=True)

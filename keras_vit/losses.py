@@ -1,0 +1,45 @@
+"""The loss that Keras lacks: cross-entropy of integer labels that are not taken at their word."""
+
+import keras
+from keras import ops
+
+from keras_vit.arguments import share
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class LabelSmoothingCrossentropy(keras.losses.Loss):
+    """Cross-entropy of logits and integer labels with label smoothing (Szegedy et al., 2016).
+
+    `keras.losses.CategoricalCrossentropy` smooths labels as well, but wants
+    them one-hot; the sparse one does not smooth.
+
+    Args:
+        label_smoothing: float in [0, 1], probability that is taken from the
+            labelled class and shared out evenly among all classes.
+        **kwargs: base loss keyword arguments, such as `name`.
+
+    Raises:
+        ValueError: if `label_smoothing` lies outside its range.
+
+    Example:
+
+    >>> loss = keras_vit.LabelSmoothingCrossentropy(0.1)
+    >>> model.compile(optimizer="adamw", loss=loss, metrics=["accuracy"])
+    """
+
+    def __init__(self, label_smoothing=0.1, **kwargs):
+        super().__init__(**kwargs)
+        self.label_smoothing = share("label_smoothing", label_smoothing)
+
+    def call(self, labels, logits):
+        if len(labels.shape) == len(logits.shape):
+            labels = ops.squeeze(labels, axis=-1)
+        return keras.losses.categorical_crossentropy(
+            ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1], dtype=logits.dtype),
+            logits,
+            from_logits=True,
+            label_smoothing=self.label_smoothing,
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}

@@ -1,0 +1,303 @@
+"""TrivialAugment against Pillow; MixUp, CutMix and label smoothing against the formulas."""
+
+import json
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from PIL import Image, ImageEnhance, ImageOps
+
+from keras_vit import (
+    LabelSmoothingCrossentropy,
+    MixUpCutMix,
+    TrivialAugment,
+    VisionTransformer,
+    load_model,
+)
+from keras_vit.layers.trivial_augment import KINDS, distort
+
+
+def to_numpy(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
+
+
+def random_images(seed, *shape):
+    return np.random.default_rng(seed).integers(0, 256, shape).astype("uint8")
+
+
+def photo(seed, height=32, width=40):
+    """A smooth image, whose resampling says more than that of noise does."""
+    small = random_images(seed, 5, 6, 3)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
+
+
+def one_distorted(image, name, strength):
+    kind = np.array([KINDS.index(name)])
+    return to_numpy(distort(image[None], kind, np.array([strength], "float32")))[0]
+
+
+# TrivialAugment
+
+
+def affine(image, *matrix):
+    return image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR)
+
+
+def about_the_centre(image, a, b, d, e):
+    """Pillow's matrix, which starts from the corner of the corner pixel."""
+    x, y = image.width / 2, image.height / 2
+    return affine(image, a, b, x - a * x - b * y, d, e, y - d * x - e * y)
+
+
+EVEN = np.full((32, 40, 3), 9, "uint8")
+BY_PILLOW = {
+    "identity": lambda image, s: image,
+    "shear_x": lambda image, s: about_the_centre(image, 1, 0.99 * s, 0, 1),
+    "shear_y": lambda image, s: about_the_centre(image, 1, 0, 0.99 * s, 1),
+    "translate_x": lambda image, s: affine(image, 1, 0, 32 * s, 0, 1, 0),
+    "translate_y": lambda image, s: affine(image, 1, 0, 0, 0, 1, 32 * s),
+    "rotate": lambda image, s: image.rotate(135 * s, Image.BILINEAR),
+    "brightness": lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.99 * s),
+    "color": lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.99 * s),
+    "contrast": lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.99 * s),
+    "sharpness": lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.99 * s),
+    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(6 * abs(s))),
+    "solarize": lambda image, s: ImageOps.solarize(image, 255 * (1 - abs(s))),
+    "autocontrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+}
+
+
+STRENGTHS = (-0.9, -0.25, 0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def distorted():
+    """Every kind at every strength, in one batch: of a photo, and of an even image."""
+    kinds = np.repeat(np.arange(len(KINDS)), len(STRENGTHS))
+    strengths = np.tile(STRENGTHS, len(KINDS)).astype("float32")
+    shape = (len(KINDS), len(STRENGTHS), 32, 40, 3)
+    images = [np.repeat(image[None], len(kinds), axis=0) for image in (photo(0), EVEN)]
+    return [to_numpy(distort(batch, kinds, strengths)).reshape(shape) for batch in images]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_each_distortion_is_pillows(name, distorted):
+    """Pillow rounds pixels after each step, and does not fade to the black outside."""
+    found, even = (batch[KINDS.index(name)] for batch in distorted)
+    for index, strength in enumerate(STRENGTHS):
+        expected = np.asarray(BY_PILLOW[name](Image.fromarray(photo(0)), strength))
+        difference = np.abs(found[index] - expected)
+        if name in ("shear_x", "shear_y", "rotate", "translate_x", "translate_y"):
+            # Where an even image stays as it is, nothing came from outside.
+            assert difference[even[index] == EVEN].max(initial=0) < 2
+            assert np.percentile(difference, 80) < 1.5
+        else:
+            assert difference.max() < 1.6
+
+
+def test_shifted_out_of_sight_an_image_is_black():
+    assert not one_distorted(random_images(2, 32, 32, 3), "translate_x", 1.0).any()
+
+
+def test_a_flat_image_has_no_contrast_to_stretch():
+    flat = np.full((32, 32, 3), 77, "uint8")
+    for name in ("autocontrast", "equalize", "contrast", "sharpness"):
+        np.testing.assert_allclose(one_distorted(flat, name, 0.8), flat, atol=1e-3)
+
+
+def test_kinds_and_strengths_are_drawn_evenly(monkeypatch):
+    seen = {}
+
+    def noted(images, kind, strength):
+        seen.update(kind=to_numpy(kind), strength=to_numpy(strength))
+        return images
+
+    monkeypatch.setattr("keras_vit.layers.trivial_augment.distort", noted)
+    TrivialAugment(seed=0)(np.zeros((14000, 2, 2, 3)), training=True)
+    counts = np.bincount(seen["kind"].astype(int), minlength=14)
+    assert len(counts) == 14
+    assert np.abs(counts - 1000).max() < 150  # Five standard deviations.
+    assert abs(seen["strength"].mean()) < 0.03
+    assert (
+        np.abs(np.quantile(seen["strength"], [0, 0.25, 0.75, 1]) - [-1, -0.5, 0.5, 1]).max() < 0.03
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_any_number_of_channels_stays_within_the_range_of_pixels(channels):
+    images = random_images(4, 56, 9, 7, channels)
+    out = to_numpy(TrivialAugment(seed=0)(images, training=True))
+    assert out.shape == images.shape
+    assert out.min() >= 0
+    assert out.max() <= 255.01
+    np.testing.assert_array_equal(to_numpy(TrivialAugment()(images, training=False)), images)
+
+
+# MixUp and CutMix
+
+
+@pytest.mark.parametrize("batch_size", [6, 7])
+def test_mixup_blends_each_image_with_its_partner(batch_size):
+    images = random_images(5, batch_size, 8, 8, 3).astype("float32")
+    layer = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=1)
+    mixed = to_numpy(layer(images, training=True))
+    kept = float(to_numpy(layer.kept))
+    assert 0 < kept < 1
+    np.testing.assert_allclose(mixed, kept * images + (1 - kept) * images[::-1], atol=1e-3)
+
+
+def test_cutmix_pastes_one_box_whose_area_is_what_was_not_kept():
+    ours, theirs = np.zeros((3, 16, 24, 1)), np.ones((3, 16, 24, 1))
+    layer = MixUpCutMix(mixup=0.0, cutmix=1.0, seed=2)
+    shares = []
+    for _ in range(100):
+        mixed = to_numpy(layer(np.concatenate([ours, theirs]), training=True))[..., 0]
+        box = mixed[0]
+        np.testing.assert_array_equal(mixed[:3], [box] * 3)
+        np.testing.assert_array_equal(mixed[3:], 1 - mixed[:3])
+        rows, columns = box.max(axis=1), box.max(axis=0)
+        np.testing.assert_array_equal(box, np.outer(rows, columns))  # A rectangle...
+        for side in (rows, columns):
+            assert np.abs(np.diff(side)).sum() <= 2  # ...without gaps.
+        shares.append(box.mean())
+        assert float(to_numpy(layer.kept)) == pytest.approx(1 - box.mean(), abs=1e-6)
+    # Half of the image on average if boxes never left it; they do.
+    assert 0.2 < np.mean(shares) < 0.45
+    assert np.max(shares) > 0.7
+
+
+def test_batches_are_blended_pasted_into_and_left_alone_by_their_shares():
+    images = np.concatenate([np.zeros((1, 16, 16, 1)), np.ones((1, 16, 16, 1))])
+    layer, kinds = MixUpCutMix(mixup=0.3, cutmix=0.5, seed=3), []
+    for _ in range(300):
+        first = to_numpy(layer(images, training=True))[0]
+        kinds.append("blended" if first.min() > 0 else "pasted" if first.any() else "left alone")
+    share = {kind: kinds.count(kind) / 300 for kind in kinds}
+    assert share["blended"] == pytest.approx(0.3, abs=0.11)
+    # A few boxes are smaller than a pixel.
+    assert share["pasted"] == pytest.approx(0.5, abs=0.11)
+    np.testing.assert_array_equal(to_numpy(layer(images, training=False)), images)
+
+
+@pytest.mark.parametrize("shares", [(0.6, 0.5), (-0.1, 0.5), (0.5, -0.1)])
+def test_shares_that_are_none_are_refused(shares):
+    with pytest.raises(ValueError, match="Received: (mixup|cutmix)="):
+        MixUpCutMix(*shares)
+
+
+def small_model(**settings):
+    sizes = {"image_shape": (8, 8, 3), "num_classes": 4, "patch_size": 4, "embed_dim": 8}
+    sizes |= {"mlp_dim": 8, "num_heads": 2, "depth": 2, "dropout": 0.0}
+    return VisionTransformer(**{**sizes, **settings})
+
+
+def test_the_training_loss_is_that_of_both_labels():
+    mix = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=6)
+    model = small_model(augmentation=[mix])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    images, labels = random_images(6, 8, 8, 8, 3), np.arange(8) % 3
+    found = model.train_on_batch(images, labels)
+    kept = float(to_numpy(mix.kept))
+    mixed = kept * images + (1 - kept) * images[::-1]
+    logits = to_numpy(model(mixed, training=False)).astype("float64")
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    one_hot = np.eye(4)[labels]
+    soft = kept * one_hot + (1 - kept) * one_hot[::-1]
+    assert 0.01 < kept < 0.99
+    assert found == pytest.approx(-(soft * log_probabilities).sum(axis=1).mean(), rel=1e-4)
+    # Nothing is mixed while testing.
+    logits = to_numpy(model(images, training=False)).astype("float64")
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -(one_hot * log_probabilities).sum(axis=1).mean()
+    assert model.test_on_batch(images, labels) == pytest.approx(expected, rel=1e-4)
+
+
+def test_weights_of_images_follow_their_labels():
+    """With weight on one image, its label counts as far as it was kept, its partner's for the rest."""
+    mix = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=5)
+    model = small_model(augmentation=[mix])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    images, labels = random_images(7, 4, 8, 8, 3), np.array([0, 1, 2, 3])
+    weights = np.array([1.0, 0.0, 0.0, 0.0])
+    found = model.train_on_batch(images, labels, sample_weight=weights)
+    kept = float(to_numpy(mix.kept))
+    logits = to_numpy(model(kept * images + (1 - kept) * images[::-1])).astype("float64")
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    expected = -(kept * log_probabilities[0, 0] + (1 - kept) * log_probabilities[3, 0]) / 4
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_two_layers_that_mix_are_refused():
+    with pytest.raises(ValueError, match="one layer of `augmentation` to mix"):
+        small_model(augmentation=[MixUpCutMix(), MixUpCutMix()])
+
+
+# Label smoothing
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("shape", [(5,), (5, 1)])
+def test_smoothed_labels_give_the_formulas_loss(smoothing, shape):
+    logits = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
+    labels = np.array([0, 3, 1, 2, 2])
+    target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+    log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    found = LabelSmoothingCrossentropy(smoothing)(labels.reshape(shape), logits)
+    expected = -(target * log_probabilities).sum(axis=1).mean()
+    assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.1])
+def test_smoothing_outside_of_its_range_is_refused(smoothing):
+    with pytest.raises(ValueError, match="label_smoothing"):
+        LabelSmoothingCrossentropy(smoothing)
+
+
+# Stochastic depth
+
+
+def test_stochastic_depth_leaves_out_later_blocks_more_often():
+    model = small_model(depth=4, stochastic_depth=0.4)
+    rates = [model.get_layer(f"block_{block}_mlp_skip").rate for block in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    names = {layer.name for layer in small_model(depth=2).layers}
+    assert "block_2_mlp_skip" not in names
+
+
+def test_a_skipped_image_adds_nothing_and_the_others_make_up_for_it():
+    model = small_model(stochastic_depth=0.5)
+    tokens = np.ones((4000, 3, 2), "float32")
+    kept = to_numpy(model.get_layer("block_2_attention_skip")(tokens, training=True))
+    assert set(np.unique(kept)) == {0.0, 2.0}
+    assert np.all(kept == kept[:, :1, :1])
+    assert kept.mean() == pytest.approx(1, abs=0.1)
+
+
+# All of it in one model
+
+
+def test_a_model_with_all_parts_learns_and_is_loaded_again(tmp_path):
+    model = small_model(augmentation=[TrivialAugment(seed=1), MixUpCutMix()], stochastic_depth=0.2)
+    images, labels = random_images(8, 40, 8, 8, 3), np.arange(40) % 4
+    model.adapt(images)
+    model.compile("adamw", LabelSmoothingCrossentropy(), metrics=["accuracy"])
+    model.fit(images, labels, batch_size=16, epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(images, verbose=0), model.predict(images, verbose=0)
+    )
+    assert json.dumps(loaded.get_config()) == json.dumps(model.get_config())
+    assert loaded.loss.label_smoothing == 0.1
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="`fit` compiles on JAX")
+def test_xla_compiles_all_parts():
+    model = small_model(augmentation=[TrivialAugment(), MixUpCutMix()], stochastic_depth=0.2)
+    model.compile("adamw", LabelSmoothingCrossentropy(), jit_compile=True)
+    images, labels = random_images(9, 8, 8, 8, 3), np.arange(8) % 4
+    assert np.isfinite(model.train_on_batch(images, labels))
