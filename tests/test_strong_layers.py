@@ -216,7 +216,7 @@ def test_the_training_loss_is_that_of_both_labels():
 
 
 def test_weights_of_images_follow_their_labels():
-    """With weight on one image, its label counts as far as it was kept, its partner's for the rest."""
+    """With weight on one image: its label counts as it was kept, its partner's for the rest."""
     mix = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=5)
     model = small_model(augmentation=[mix])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
