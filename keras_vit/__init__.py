@@ -29,10 +29,14 @@ def __getattr__(name):
 
 
 def _is_command_line():
-    """Whether this process is `train.py`, which chooses Keras's backend before it imports Keras."""
+    """Whether this is a command of ours, which chooses Keras's backend before it imports Keras."""
+    words = sys.orig_argv
+    if sys.argv[:1] == ["-m"] and ("-m", "keras_vit") in zip(words, words[1:]):
+        return True  # Python is about to run `__main__.py`.
     script = getattr(sys.modules["__main__"], "__file__", None)
     train = pathlib.Path(__file__).resolve().parents[1] / "train.py"
-    return script is not None and pathlib.Path(script).resolve() == train
+    script = script and pathlib.Path(script).resolve()
+    return script is not None and (script == train or script.name in ("keras-vit", "keras-vit.exe"))
 
 
 # Everyone else finds the classes registered, so that `keras.saving.load_model` needs no more.

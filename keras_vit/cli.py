@@ -38,10 +38,15 @@ class Run:
     """The settings of a run beside its recipe."""
 
     dataset: str = option(
-        "cifar10", "name of a set of TensorFlow Datasets, 'digits', or an .npz file of arrays"
+        "cifar10",
+        "name of a set of TensorFlow Datasets, 'digits', a folder with one sub-folder of images "
+        "per class, or an .npz file of arrays",
     )
     data_dir: str | None = option(
         None, "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else its own)"
+    )
+    image_size: int | None = option(
+        None, "side that images of a folder are resized to (default: what suits them)", low=1
     )
     limit_train: int | None = option(None, "train on so many images only", low=1)
     validation: int = option(0, "training images held out to measure each epoch", low=0)
@@ -81,14 +86,15 @@ class Parser(argparse.ArgumentParser):
         raise Failure(message)
 
 
-def main(arguments=None):
+def main(arguments=None, prog="train.py"):
     """Runs the command line and returns its exit status.
 
     Args:
         arguments: list of strings; by default the process's own.
+        prog: string, what the user typed before them.
     """
     try:
-        return run(parse(arguments))
+        return run(parse(arguments, prog))
     except (Busy, Failure) as failure:
         print("error:", " ".join(str(failure).split()), file=sys.stderr)
         return getattr(failure, "status", 2)
@@ -97,14 +103,14 @@ def main(arguments=None):
         return 130
 
 
-def parse(arguments=None):
+def parse(arguments=None, prog="train.py"):
     """The settings that the command line names and, with `--config`, a file.
 
     Returns:
         Dictionary of valid values by the names of the fields of `Run` and `Recipe`.
     """
     parser = Parser(
-        prog="train.py",
+        prog=prog,
         description="Trains a Vision Transformer on small images and shows what it learned.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -152,14 +158,14 @@ def run(named):
     # Only the device tells which recipe suits it.
     undecided = named.get("recipe") is None and options.dataset not in DEFAULT_RECIPES
     start = time.perf_counter()
-    _choose_backend(options.backend)
+    choose_backend(options.backend)
     if options.tensorboard:
         _require("tensorboard", "--tensorboard")
     if options.output or not undecided:
         _run_dir(options)
     figures_dir = _writable(options.figures_dir, "--figures-dir")
     # The rest of the package imports Keras, whose backend is settled only now.
-    with _quiet():
+    with quiet():
         import keras
 
         from keras_vit import devices, training
@@ -201,7 +207,7 @@ def run(named):
     except ValueError as error:
         raise Failure(str(error)) from error
 
-    with _saying_where_writing_fails(run_dir), contextlib.ExitStack() as stack:
+    with saying_where_writing_fails(run_dir), contextlib.ExitStack() as stack:
         for folder in (run_dir, figures_dir):
             folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(run_dir))
@@ -308,7 +314,7 @@ def _start_or_continue(run_dir, settings, overwrite):
 
 
 @contextlib.contextmanager
-def _saying_where_writing_fails(run_dir):
+def saying_where_writing_fails(run_dir):
     try:
         yield
     except OSError as error:
@@ -335,8 +341,11 @@ def _too_large(recipe):
     )
 
 
-def evaluate(model, dataset, history):
-    """Measures a trained model on the test set and prints it; returns probabilities and numbers."""
+def evaluate(model, dataset, history=None):
+    """Measures a trained model on the test set and prints it; returns probabilities and numbers.
+
+    The numbers are about training as well if its history is known.
+    """
     from keras_vit import evaluation
 
     probabilities = evaluation.predict(model, dataset.test_images)
@@ -344,7 +353,7 @@ def evaluate(model, dataset, history):
     metrics = {
         **evaluation.classification_metrics(probabilities, labels, names),
         "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
-        **evaluation.training_metrics(history, len(dataset.train_images)),
+        **(evaluation.training_metrics(history, len(dataset.train_images)) if history else {}),
         **evaluation.environment(),
     }
     print(evaluation.per_class_table(metrics))
@@ -363,7 +372,7 @@ def draw(model, dataset, recipe, probabilities, history, folder):
     if recipe.schedule == "milestones":
         _, falls = training.step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     try:
-        figures.draw_all(model, dataset, probabilities, history, falls, folder)
+        figures.draw_all(model, dataset, probabilities, folder, history, falls)
     except OSError as error:
         raise Failure(f"the pictures cannot be written to {folder}: {error.strerror}", 1) from error
 
@@ -373,7 +382,7 @@ def _load(options, named):
     from keras_vit import data
 
     try:
-        return data.load_dataset(options.dataset, options.data_dir)
+        return data.load_dataset(options.dataset, options.data_dir, options.image_size)
     except data.DatasetError as error:
         if "dataset" in named:
             raise Failure(str(error)) from error
@@ -385,7 +394,7 @@ def _load(options, named):
         return data.load_dataset("digits")
 
 
-def _choose_backend(backend):
+def choose_backend(backend):
     """Settles what Keras computes with, before anything imports Keras."""
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
@@ -406,7 +415,7 @@ def _require(package, wish):
 
 
 @contextlib.contextmanager
-def _quiet():
+def quiet():
     """Holds back what TensorFlow's libraries write to stderr while they load, unless that fails."""
     with tempfile.TemporaryFile() as held:
         stderr = os.dup(2)
@@ -427,6 +436,8 @@ def _run_dir(options):
     name = options.dataset
     if name.endswith(".npz"):
         name = pathlib.Path(name).stem
+    elif pathlib.Path(name).expanduser().is_dir():
+        name = pathlib.Path(name).expanduser().resolve().name
     name = name.replace("/", "_").replace(":", "_")
     default = f"runs/{name}-{options.recipe}-seed{options.seed}"
     folder = _writable(options.output or default, "--output")

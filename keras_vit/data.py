@@ -12,6 +12,8 @@ import zlib
 import keras
 import numpy as np
 
+from keras_vit.image_files import ImageError, read_folder
+
 # Sets whose classes a mirror changes: a mirrored 2 is no digit.
 NOT_MIRRORED = {
     "binarized_mnist",
@@ -34,6 +36,8 @@ RESIZED_SIDE, LARGEST = 64, 128
 RESIDENT_BYTES = 4 * 2**30
 # What Keras's own data sets name their arrays.
 NPZ_ARRAYS = ("x_train", "y_train", "x_test", "y_test")
+# Sets that go by their name even where a folder is called the same.
+NAMED = ("cifar10", "cifar100", "digits")
 # What NumPy raises over a file that holds something else or is damaged.
 UNREADABLE = (
     EOFError,
@@ -157,20 +161,25 @@ class DeviceBatches(Batches):
         return self._cut(self.images, self.labels, chosen)
 
 
-def load_dataset(source="cifar10", data_dir=None):
+def load_dataset(source="cifar10", data_dir=None, image_size=None):
     """Loads labelled images for training and testing.
 
     Args:
         source: string, `"digits"` for the 1,797 scanned digits that
             scikit-learn carries, enlarged from 8x8 to 32x32 RGB; a file
             `*.npz` with Keras's arrays `x_train`, `y_train`, `x_test` and
-            `y_test`, and `class_names` if it has them; or the name of any
+            `y_test`, and `class_names` if it has them; a folder with one
+            sub-folder of images per class, or with `train` and `test` above
+            them; or the name of any
             image classification set of TensorFlow Datasets, such as
             `"cifar10"`, whose images of different sizes, or with a side of over
-            128 pixels, are resized to 64x64. A set without a labelled test or
+            128 pixels, are resized to 64x64 (those of a folder to their
+            median side, from 32 to 64). A set without a labelled test or
             validation split gives up a fifth of its images for one.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+        image_size: int, side in pixels that the images of a folder are
+            resized to.
 
     Returns:
         A `Dataset`.
@@ -179,9 +188,18 @@ def load_dataset(source="cifar10", data_dir=None):
         DatasetError: if the set is unknown, if it is neither on disk nor can
             be downloaded, or if it is not for image classification.
     """
+    if is_folder(source):
+        return _load_folder(pathlib.Path(source).expanduser(), image_size)
+    if image_size is not None:
+        raise DatasetError(f"an image size is for folders of images, and {source} is none")
     if source == "digits":
         return _load_digits()
     return _load_npz(source) if source.endswith(".npz") else _load_tfds(source, data_dir)
+
+
+def is_folder(source):
+    """Whether the source of a data set is a folder of images, not a set that goes by that name."""
+    return source not in NAMED and pathlib.Path(source).expanduser().is_dir()
 
 
 def digest(images, labels):
@@ -213,6 +231,17 @@ def _load_digits():
     images = np.repeat(images[..., None], 3, axis=-1)
     names = [str(name) for name in digits.target_names]
     return _split("digits", images, digits.target, names, horizontal_flip=False)
+
+
+def _load_folder(folder, image_size):
+    try:
+        *arrays, names = read_folder(folder, image_size, TEST_SHARE, TEST_SEED)
+    except ImageError as error:
+        raise DatasetError(str(error)) from error
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read: {error.strerror or error}") from error
+    name = folder.resolve().name
+    return Dataset(name, *arrays, names, name not in NOT_MIRRORED)
 
 
 def _load_npz(source):
@@ -283,8 +312,8 @@ def _builder(source, data_dir):
         return tfds.builder(source, data_dir=data_dir)
     except Exception as error:
         raise DatasetError(
-            f"no data set named {source!r}: expected 'digits' or the name of an image "
-            f"classification set of TensorFlow Datasets ({_first_line(error)})"
+            f"no data set named {source!r}: expected a folder of images, 'digits' or the name of "
+            f"an image classification set of TensorFlow Datasets ({_first_line(error)})"
         ) from error
 
 

@@ -32,16 +32,16 @@ SEED = 0
 MOST_PATCHES = 128
 
 
-def draw_all(model, dataset, probabilities, history, falls, folder):
-    """Draws the seven pictures of a run.
+def draw_all(model, dataset, probabilities, folder, history=None, falls=()):
+    """Draws the seven pictures of a run; without a history of its training, six.
 
     Args:
         model: a trained `VisionTransformer`.
         dataset: the `Dataset` it was trained and tested on.
         probabilities: array `(N, num_classes)`, the model's answer for each test image.
+        folder: `Path` of an existing folder.
         history: dictionary of lists, one value per epoch, from `training.fit`.
         falls: epochs at which the learning rate falls.
-        folder: `Path` of an existing folder.
     """
     names, labels = dataset.class_names, dataset.test_labels
     patch_size = model.get_layer("patches").patch_size
@@ -50,7 +50,8 @@ def draw_all(model, dataset, probabilities, history, falls, folder):
     draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png", **of)
     draw_patches(images[examples[0]], patch_size, folder / "patches.png", **of)
     draw_model(model, folder / "model.png")
-    draw_history(history, falls, folder / "history.png", **of)
+    if history:
+        draw_history(history, falls, folder / "history.png", **of)
     draw_predictions(images, labels, probabilities, names, folder / "predictions.png", **of)
     draw_confusion_matrix(labels, probabilities, names, folder / "confusion_matrix.png", **of)
     verdicts = [_verdict(labels[i], probabilities[i], names) for i in examples]

@@ -49,6 +49,8 @@ class VisionTransformer(keras.Model):
             last block's attention, and its MLP, for an image; blocks before
             it are left out less often, in proportion to their number (Huang
             et al., 2016).
+        class_names: list of strings, one for each class, that travel with the
+            model; none by default.
         augmentation: list of layers applied to the images of a training
             batch, in order. By default a horizontal flip and a
             `RandomResizedCrop` to the same size; `[]` for none. A
@@ -59,8 +61,9 @@ class VisionTransformer(keras.Model):
 
     Raises:
         ValueError: if a size lies outside its range, if `num_heads` does not
-            divide `embed_dim`, `patch_size` not the image, or if several
-            layers of the augmentation mix images.
+            divide `embed_dim`, `patch_size` not the image, if there are more
+            or fewer names than classes, or if several layers of the
+            augmentation mix images.
 
     Example:
 
@@ -81,6 +84,7 @@ class VisionTransformer(keras.Model):
         depth=6,
         dropout=0.2,
         stochastic_depth=0.0,
+        class_names=None,
         augmentation=None,
         dtype=None,
         **kwargs,
@@ -101,6 +105,11 @@ class VisionTransformer(keras.Model):
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
                 f"Received: embed_dim={embed_dim}, num_heads={num_heads}"
+            )
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(
+                f"Expected `class_names` to be {num_classes} names. "
+                f"Received: class_names={class_names!r}"
             )
         if augmentation is None:
             augmentation = default_augmentation(image_shape)
@@ -135,10 +144,12 @@ class VisionTransformer(keras.Model):
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
         self._mixing = mixing
+        self.class_names = None if class_names is None else tuple(map(str, class_names))
         self._config = {
             "image_shape": image_shape,
             "dropout": dropout,
             "stochastic_depth": stochastic_depth,
+            "class_names": None if class_names is None else list(self.class_names),
             "dtype": policy.name,
             **sizes,
         }

@@ -97,6 +97,7 @@ def build_model(dataset, recipe, dtype=None):
         depth=recipe.depth,
         dropout=recipe.dropout,
         stochastic_depth=recipe.stochastic_depth,
+        class_names=dataset.class_names,
         augmentation=augmentation(dataset, recipe),
         dtype=dtype,
     )

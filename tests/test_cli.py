@@ -79,7 +79,7 @@ def test_a_backend_chosen_too_late_is_an_error(capsys, monkeypatch, tmp_path):
 
 
 def test_a_data_set_asked_for_by_name_must_be_there(capsys, monkeypatch, tmp_path):
-    def missing(name, _):
+    def missing(name, *_):
         raise data.DatasetError(f"{name} is not there")
 
     monkeypatch.setattr(data, "load_dataset", missing)
@@ -126,7 +126,7 @@ def test_without_a_gpu_a_plain_run_takes_the_quick_recipe(capsys, monkeypatch, t
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
     load = data.load_dataset
 
-    def offline(name, data_dir=None):
+    def offline(name, data_dir=None, image_size=None):
         if name != "digits":
             raise data.DatasetError(f"{name} is not in {data_dir}: use --data-dir")
         return load(name)

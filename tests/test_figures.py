@@ -45,7 +45,7 @@ def is_drawn(path):
 
 
 def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities):
-    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     expected = {f"{name}.png" for name in [*NAMES, "attention_rollout"]}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert all(is_drawn(path) for path in tmp_path.iterdir())
@@ -56,7 +56,7 @@ def test_every_picture_of_data_names_the_data_set(
 ):
     drawn = []
     monkeypatch.setattr(figures.plt, "close", drawn.append)
-    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
 
 
@@ -68,7 +68,7 @@ def test_of_very_many_patches_the_first_are_drawn(tmp_path):
 
 def test_drawing_leaves_the_model_as_it_was(tmp_path, model, dataset, probabilities):
     before = model.predict(dataset.test_images, verbose=0)
-    figures.draw_all(model, dataset, probabilities, HISTORY, [2], tmp_path)
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert np.allclose(loaded.predict(dataset.test_images, verbose=0), before, atol=1e-6)

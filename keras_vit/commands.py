@@ -1,0 +1,199 @@
+"""The command `keras-vit`: training, and what a trained model is good for."""
+
+import argparse
+import csv
+import json
+import pathlib
+import sys
+
+from keras_vit import cli
+from keras_vit.cli import BACKENDS, Failure, Parser
+from keras_vit.files import Busy
+
+BATCH_SIZE = 256
+SHOWN = 5  # Classes of an image that `predict` names.
+
+
+def main(arguments=None):
+    """Runs the command and returns its exit status: 0, 1 if something was left out, 2 if wrong.
+
+    Args:
+        arguments: list of strings; by default the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["train"]:
+        return cli.main(arguments[1:], prog="keras-vit train")
+    try:
+        options = parse(arguments)
+        cli.choose_backend(options.backend)
+        return options.command(options)
+    except (Busy, Failure) as failure:
+        print("error:", " ".join(str(failure).split()), file=sys.stderr)
+        return getattr(failure, "status", 2)
+    except BrokenPipeError:  # Nobody reads any more, as after `| head`.
+        sys.stdout = None
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def parse(arguments):
+    """The options of a command line, the function that serves it among them."""
+    parser = Parser(
+        prog="keras-vit",
+        description="Trains Vision Transformers on small images and puts them to use.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
+    commands.add_parser("train", help="train a model; `keras-vit train --help` has the options")
+
+    about_model = argparse.ArgumentParser(add_help=False)
+    about_model.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
+    about_model.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
+    about_data = argparse.ArgumentParser(add_help=False)
+    about_data.add_argument(
+        "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
+    )
+    about_data.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
+    about_images = argparse.ArgumentParser(add_help=False)
+    about_images.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
+    )
+
+    def add(command, help, *parents):
+        command_parser = commands.add_parser(
+            command.__name__, help=help, description=help, parents=[about_model, *parents]
+        )
+        command_parser.set_defaults(command=command)
+        return command_parser
+
+    one = add(evaluate, "measure a model on a test set and draw what it does", about_data)
+    one.add_argument(
+        "-o", "--output", metavar="DIR", type=pathlib.Path, help="folder for numbers and pictures"
+    )
+    one = add(predict, "name the likeliest classes of images", about_images)
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="one JSON object per image and line")
+    form.add_argument("--csv", action="store_true", help="one line per image and class")
+    return parser.parse_args(arguments)
+
+
+def evaluate(options):
+    """Prints the numbers of a saved model on a test set; draws its pictures if told where."""
+    model = load(options.model)
+    from keras_vit import data
+
+    # The model knows what it takes; a folder is resized to that.
+    side = model.input_shape[1] if data.is_folder(options.dataset) else None
+    try:
+        dataset = data.load_dataset(options.dataset, options.data_dir, side)
+    except data.DatasetError as error:
+        raise Failure(str(error)) from error
+    expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
+    if expected != found:
+        raise Failure(f"{options.model} takes images of {expected}, {dataset.name} has {found}")
+    names = class_names(model)
+    if list(names) != list(dataset.class_names):
+        raise Failure(
+            f"{options.model} tells apart {', '.join(names)}, but {dataset.name} "
+            f"{', '.join(dataset.class_names)}"
+        )
+    probabilities, metrics = cli.evaluate(model, dataset)
+    if options.output:
+        with cli.saying_where_writing_fails(options.output):
+            options.output.mkdir(parents=True, exist_ok=True)
+            facts = {"dataset": dataset.name, "model": options.model.name}
+            cli.write_json(options.output / "metrics.json", {**facts, **metrics})
+            from keras_vit import figures
+
+            figures.draw_all(model, dataset, probabilities, options.output)
+            print(f"Numbers and pictures: {options.output}.")
+    return 0
+
+
+def predict(options):
+    """Prints the likeliest classes of images; returns 1 if some could not be read."""
+    model = load(options.model)
+    from keras_vit import evaluation
+
+    names, failed = class_names(model), False
+    writer = csv.writer(sys.stdout)
+    if options.csv:
+        writer.writerow(("image", "rank", "class", "probability"))
+    for paths, images in batches(options.images, model):
+        failed |= None in paths
+        paths = [path for path in paths if path is not None]
+        for path, row in zip(paths, evaluation.predict(model, images) if paths else ()):
+            likeliest = [(names[i], float(row[i])) for i in row.argsort()[::-1][:SHOWN]]
+            if options.csv:
+                writer.writerows((path, i, *pair) for i, pair in enumerate(likeliest, start=1))
+            elif options.json:
+                pairs = [{"class": name, "probability": share} for name, share in likeliest]
+                print(json.dumps({"image": path, "predictions": pairs}, ensure_ascii=False))
+            else:
+                print(f"{path}: " + ", ".join(f"{name} {share:.1%}" for name, share in likeliest))
+    return int(failed)
+
+
+def load(path):
+    """A classifier of images out of a file."""
+    with cli.quiet():
+        from keras_vit.loading import ModelError, load_model
+    try:
+        model = load_model(path)
+    except ModelError as error:
+        raise Failure(str(error)) from error
+    shape = model.input_shape
+    if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] not in (1, 3):
+        raise Failure(f"{path} holds a model that takes {shape}, not images of 1 or 3 channels")
+    return model
+
+
+def class_names(model):
+    """The names that a model carries; numbers where it has none."""
+    names = getattr(model, "class_names", None)
+    return names or tuple(str(label) for label in range(model.output_shape[-1]))
+
+
+def batches(words, model):
+    """Images for a model, as many at once as it computes.
+
+    Args:
+        words: list of strings, files, folders, or `-` for a list on stdin.
+        model: a `keras.Model`.
+
+    Yields:
+        Names of up to 256 files, None for one that could not be read, which stderr tells; and the
+        others' images `(B, H, W, C)`.
+    """
+    import itertools
+
+    import numpy as np
+
+    from keras_vit.image_files import ImageError, read_image
+
+    height, width, channels = model.input_shape[1:]
+    files = listed(words)
+    while paths := list(itertools.islice(files, BATCH_SIZE)):
+        images, names = [], []
+        for path in paths:
+            try:
+                images.append(read_image(path, (height, width), channels))
+                names.append(path)
+            except ImageError as error:
+                print(f"error: {path} cannot be read: {error}", file=sys.stderr)
+                names.append(None)
+        yield names, np.array(images)
+
+
+def listed(words):
+    """Names of files, one by one: those named, those in folders, those listed on stdin."""
+    for word in words:
+        if word == "-":
+            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        elif pathlib.Path(word).is_dir():
+            found = [path for path in sorted(pathlib.Path(word).rglob("*")) if path.is_file()]
+            yield from (str(path) for path in found if not path.name.startswith("."))
+        else:
+            yield word

@@ -1,0 +1,160 @@
+"""The command `keras-vit`: a folder of images trained on, and the model put to use."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_vit import commands, load_model
+
+TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--epochs=1"]
+
+
+@pytest.fixture(autouse=True)
+def keep_the_backend(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder of 60 images, red ones and blue ones, and the run of a model trained on them."""
+    root = tmp_path_factory.mktemp("place")
+    random = np.random.default_rng(0)
+    for name, channel in (("rot", 0), ("blå", 2)):
+        (root / "images" / name).mkdir(parents=True)
+        for index in range(30):
+            pixels = random.integers(0, 80, (20, 24, 3))
+            pixels[..., channel] += 150
+            image = Image.fromarray(pixels.astype("uint8"))
+            image.save(root / "images" / name / f"{index}.jpg")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        patch.setenv("KERAS_BACKEND", keras.backend.backend())
+        places = [f"--output={root / 'run'}", f"--figures-dir={root / 'figures'}"]
+        words = [f"--dataset={root / 'images'}", "--learning-rate=0.003", "--batch-size=8"]
+        assert commands.main(["train", *TINY, *words, "--image-size=16", *places]) == 0
+    return root
+
+
+def run(*words):
+    return commands.main([str(word) for word in words])
+
+
+def test_a_folder_is_trained_on_and_its_names_travel_with_the_model(place):
+    model = load_model(place / "run" / "model.keras")
+    assert model.class_names == ("blå", "rot")
+    assert model.input_shape == (None, 16, 16, 3)
+    metrics = json.loads((place / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["dataset"] == "images"
+    assert set(metrics["per_class"]) == {"blå", "rot"}
+
+
+def expected(place, path):
+    model = load_model(place / "run" / "model.keras")
+    image = Image.open(path).resize((16, 16), Image.BILINEAR)
+    logits = model.predict(np.asarray(image)[None], verbose=0)[0].astype("float64")
+    return dict(zip(model.class_names, np.exp(logits) / np.exp(logits).sum()))
+
+
+def test_predictions_are_the_models(place, capsys):
+    paths = [place / "images" / "rot" / "3.jpg", place / "images" / "blå" / "4.jpg"]
+    assert run("predict", place / "run" / "model.keras", *paths, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [str(path) for path in paths]
+    for row, path in zip(rows, paths):
+        found = {pair["class"]: pair["probability"] for pair in row["predictions"]}
+        assert found == pytest.approx(expected(place, path), abs=1e-5)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_predictions_come_as_lines_and_as_a_table(place, capsys):
+    path = place / "images" / "rot" / "3.jpg"
+    assert run("predict", place / "run" / "model.keras", path) == 0
+    line = capsys.readouterr().out
+    best, share = max(expected(place, path).items(), key=lambda pair: pair[1])
+    assert line.startswith(f"{path}: {best} {share:.1%}, ")
+    assert run("predict", place / "run" / "model.keras", place / "images" / "rot", "--csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 30 * 2
+    assert list(rows[0]) == ["image", "rank", "class", "probability"]
+    assert {row["rank"] for row in rows} == {"1", "2"}
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkeypatch, tmp_path):
+    broken, right = tmp_path / "broken.png", place / "images" / "rot" / "3.jpg"
+    broken.write_bytes(b"no image")
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO(f"{broken}\n\n{tmp_path / 'gone.png'}\n{right}\n")
+    )
+    assert run("predict", place / "run" / "model.keras", "-") == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{right}: ") and captured.out.count("\n") == 1
+    broken_line, gone_line = captured.err.splitlines()
+    assert (
+        broken_line == f"error: {broken} cannot be read: cannot identify image file {str(broken)!r}"
+    )
+    assert gone_line.startswith(f"error: {tmp_path / 'gone.png'} cannot be read: ")
+
+
+def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    words = ["--dataset", place / "images", "-o", tmp_path / "out"]
+    assert run("evaluate", place / "run" / "model.keras", *words) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((place / "run" / "metrics.json").read_text(encoding="utf-8"))
+    for name in ("accuracy", "loss", "calibration_error", "per_class", "parameters"):
+        assert found[name] == metrics[name]
+    assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
+WRONG = {
+    "": "the following arguments are required: COMMAND",
+    "fly": "invalid choice: 'fly'",
+    "predict": "required: MODEL, IMAGE",
+    "predict missing.keras x.png": "missing.keras cannot be read: No such file or directory",
+    "predict model.h5 x.png": "model.h5 does not end in .keras",
+    "predict {model} x.png --json --csv": "not allowed with argument",
+    "evaluate {model} --dataset digits": "takes images of (16, 16, 3), digits has (32, 32, 3)",
+    "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
+    "evaluate {model} --dataset {others}": "tells apart blå, rot, but others a, b",
+    "train --dataset {images} --image-size 15": "patch_size=4, height=15, width=15",
+    "train --dataset {empty}": "has no images in sub-folders",
+    "train --dataset digits --image-size 16": "is for folders of images",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_wrong_is_said_in_one_line(words, place, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "others" / name).mkdir(parents=True)
+        for index in range(5):
+            image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
+            image.save(tmp_path / "others" / name / f"{index}.png")
+    places = {name: tmp_path / name for name in ("empty", "others")}
+    places |= {"model": place / "run" / "model.keras", "images": place / "images"}
+    assert run(*words.format(**places).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert WRONG[words] in captured.err
+
+
+def test_help_answers_without_importing_keras():
+    for words in (["--help"], ["predict", "--help"], ["train", "--help"]):
+        timed = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "keras_vit", *words],
+            capture_output=True,
+            text=True,
+        )
+        assert timed.returncode == 0
+        assert "usage: keras-vit" in timed.stdout
+        assert " keras\n" not in timed.stderr and " numpy\n" not in timed.stderr

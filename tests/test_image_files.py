@@ -1,0 +1,292 @@
+"""Images of every kind as pixels, and folders of them as data sets."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_vit import data, image_files, load_dataset
+from keras_vit.image_files import ImageError, TooLarge, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(seed=0, height=6, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype("uint8")
+
+
+def saved(path, image, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, **settings)
+    return path
+
+
+# One image
+
+
+def test_an_image_is_read_as_it_is(tmp_path):
+    path = saved(tmp_path / "image.png", picture())
+    np.testing.assert_array_equal(read_image(path), picture())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation):
+    """Orientation n as the EXIF standard draws it, undone by NumPy."""
+    shown = picture()
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](shown))
+    path = saved(tmp_path / "turned.png", stored, exif=exif)
+    np.testing.assert_array_equal(read_image(path), shown)
+    assert image_files._size_of(path) == shown.shape[:2]
+
+
+def grey_of_16_bits():
+    return np.array([[0, 257, 128 * 257], [255 * 257, 100, 65535]], "uint16")
+
+
+def test_other_kinds_of_pixels_become_rgb(tmp_path):
+    deep = read_image(saved(tmp_path / "deep.png", grey_of_16_bits()))
+    np.testing.assert_array_equal(deep[..., 0], [[0, 1, 128], [255, 0, 255]])
+    deep = read_image(saved(tmp_path / "deep.tiff", grey_of_16_bits()))
+    np.testing.assert_array_equal(deep[..., 2], [[0, 1, 128], [255, 0, 255]])
+    wide = Image.fromarray(grey_of_16_bits().astype("int32"))
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "wide.tiff", wide))[..., 1], [[0, 1, 128], [255, 0, 255]]
+    )
+    grey = picture()[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "grey.png", grey)), expected)
+    two = Image.fromarray(np.array([[0, 255], [255, 0]], "uint8")).convert("1")
+    assert read_image(saved(tmp_path / "two.png", two))[..., 0].tolist() == [[0, 255], [255, 0]]
+    few = Image.fromarray(picture()).quantize(8)
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "few.png", few)), np.asarray(few.convert("RGB"))
+    )
+    ink = Image.fromarray(picture()).convert("CMYK")
+    assert read_image(saved(tmp_path / "ink.tiff", ink)).shape == (6, 8, 3)
+    np.testing.assert_array_equal(read_image(tmp_path / "ink.tiff"), np.asarray(ink.convert("RGB")))
+
+
+def test_what_shows_through_is_white(tmp_path):
+    pixels = np.dstack([picture(), np.full((6, 8), 255, "uint8")])
+    pixels[2:4, :, 3] = 0
+    pixels[5, :, 3] = 51
+    found = read_image(saved(tmp_path / "clear.png", Image.fromarray(pixels, "RGBA")))
+    np.testing.assert_array_equal(found[:2], picture()[:2])
+    np.testing.assert_array_equal(found[2:4], 255)
+    np.testing.assert_allclose(found[5], 0.2 * picture()[5] + 0.8 * 255, atol=1)
+    few = Image.fromarray(np.array([[0, 1]], "uint8"), "P")
+    few.putpalette([10, 20, 30, 40, 50, 60])
+    found = read_image(saved(tmp_path / "few.gif", few, transparency=0))
+    assert found.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4, 3), value, "uint8")) for value in (0, 128, 255)]
+    path = tmp_path / "film.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert not read_image(path).any()
+
+
+def test_a_size_and_grey_are_given_when_asked_for(tmp_path):
+    path = saved(tmp_path / "image.png", picture(height=40, width=60))
+    small = read_image(path, (10, 12))
+    expected = Image.fromarray(picture(height=40, width=60)).resize((12, 10), Image.BILINEAR)
+    np.testing.assert_array_equal(small, np.asarray(expected))
+    grey = read_image(path, channels=1)
+    assert grey.shape == (40, 60, 1)
+    photo = Image.fromarray(picture(height=4, width=4)).resize((1600, 1200), Image.BICUBIC)
+    path = saved(tmp_path / "photo.jpg", photo, quality=95)
+    expected = np.asarray(photo.resize((32, 32), Image.BILINEAR)).astype(int)
+    assert np.abs(read_image(path, (32, 32)).astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50],
+    ids=["empty", "text", "no PNG"],
+)
+def test_what_is_no_image_is_refused(tmp_path, content):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError):
+        read_image(path)
+
+
+def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
+    for suffix in ("png", "jpg", "gif", "bmp", "tiff", "webp"):
+        whole = saved(tmp_path / f"whole.{suffix}", picture(height=40, width=40)).read_bytes()
+        random = np.random.default_rng(0)
+        for _ in range(30):
+            damaged = bytearray(whole)
+            for place in random.integers(0, len(whole), 3):
+                damaged[place] ^= 1 << random.integers(8)
+            cut = bytes(damaged[: random.integers(len(whole) // 2, len(whole))])
+            for content in (bytes(damaged), cut):
+                try:
+                    assert read_image(io.BytesIO(content), (8, 8)).shape == (8, 8, 3)
+                except ImageError as error:
+                    assert str(error)
+
+
+def test_an_image_that_would_fill_memory_is_refused_before_it_does(tmp_path):
+    path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(TooLarge, match="20000x10000 pixels, at most 100,000,000"):
+        read_image(path)
+
+
+# A folder of them
+
+
+def fill(folder, classes, count, size=(8, 8), suffix="png"):
+    for number, name in enumerate(classes):
+        for index in range(count):
+            saved(folder / name / f"{index}.{suffix}", picture(100 * number + index, *size))
+    return folder
+
+
+def test_sub_folders_name_the_classes_and_a_fifth_is_set_aside(tmp_path):
+    folder = fill(tmp_path / "pets", ["zebra", "Żółw", "猫"], 10)
+    (folder / ".hidden").mkdir()
+    dataset = load_dataset(str(folder))
+    assert dataset.class_names == sorted(["zebra", "Żółw", "猫"])
+    assert (dataset.name, dataset.image_shape, dataset.horizontal_flip) == ("pets", (8, 8, 3), True)
+    assert np.bincount(dataset.train_labels).tolist() == [8, 8, 8]
+    assert np.bincount(dataset.test_labels).tolist() == [2, 2, 2]
+    # Every image once, under its own class.
+    classes = ["zebra", "Żółw", "猫"]
+    for label, name in enumerate(dataset.class_names):
+        number = classes.index(name)
+        expected = {picture(100 * number + index, 8, 8).tobytes() for index in range(10)}
+        train = dataset.train_images[dataset.train_labels == label]
+        test = dataset.test_images[dataset.test_labels == label]
+        assert {image.tobytes() for image in (*train, *test)} == expected
+    again = load_dataset(str(folder))
+    np.testing.assert_array_equal(again.test_images, dataset.test_images)
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_a_folder_may_be_split_already(tmp_path, test):
+    fill(tmp_path / "set" / "train", ["a", "b"], 3)
+    fill(tmp_path / "set" / test, ["a", "b"], 2, size=(9, 8))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=16)
+    assert dataset.train_images.shape == (6, 16, 16, 3)
+    assert dataset.test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_train_folder_alone_is_split(tmp_path):
+    fill(tmp_path / "set" / "train", ["a", "b"], 5)
+    assert load_dataset(str(tmp_path / "set")).class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(20, 20), (24, 40)], 32),
+        ([(50, 70), (47, 47)], 48),
+        ([(500, 700), (300, 200)], 64),
+        ([(200, 200), (200, 200)], 64),
+    ],
+)
+def test_images_of_many_sizes_get_one_that_suits_them(tmp_path, sizes, expected):
+    for name in ("a", "b"):
+        for index in range(6):
+            saved(tmp_path / "set" / name / f"{index}.png", picture(index, *sizes[index % 2]))
+    assert load_dataset(str(tmp_path / "set")).image_shape == (expected, expected, 3)
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    first = load_dataset(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files, "read_image", None)
+        second = load_dataset(str(folder))
+        np.testing.assert_array_equal(first.train_images, second.train_images)
+    # Until a file changes.
+    saved(folder / "a" / "0.png", 255 - picture(0, 8, 8))
+    os.utime(folder / "a" / "0.png", ns=(1, 1))
+    third = load_dataset(str(folder))
+    both = [np.concatenate([x.train_images, x.test_images]) for x in (first, third)]
+    assert sum(not (image == both[0]).all(axis=(1, 2, 3)).any() for image in both[1]) == 1
+
+
+def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "IN_MEMORY", 100)
+    dataset = load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
+    assert isinstance(dataset.train_images, np.memmap)
+    batches = data.Batches(dataset.train_images, dataset.train_labels, 4, seed=0)
+    images, labels = batches[0]
+    assert images.shape == (4, 8, 8, 3) and len(labels) == 4
+
+
+def test_a_few_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 60, size=(4, 4))
+    (folder / "b" / "broken.png").write_bytes(b"no image")
+    dataset = load_dataset(str(folder))
+    assert len(dataset.train_labels) + len(dataset.test_labels) == 120
+    assert "left out b/broken.png: cannot identify image file" in capsys.readouterr().err
+    load_dataset(str(folder))  # Out of the cache.
+    assert "left out b/broken.png" in capsys.readouterr().err
+    (folder / "a" / "list.txt").write_text("no image")
+    with pytest.raises(data.DatasetError, match=r"2 of 122 files in .*b/broken.png"):
+        load_dataset(str(folder))
+
+
+def empty(folder):
+    folder.mkdir(parents=True)
+
+
+BROKEN = {
+    "no images in sub-folders": lambda root: empty(root),
+    "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
+    "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
+    "too few images of some class": lambda root: (fill(root, ["a"], 5), fill(root, ["b"], 1)),
+    "class 'c' in .*test is none of .*train": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root / "test", ["a", "c"], 3),
+    ),
+    "test has no images in sub-folders": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        empty(root / "test" / "a"),
+    ),
+    "20000x10000 pixels": lambda root: (
+        fill(root, ["a", "b"], 5),
+        saved(root / "a" / "bomb.png", Image.new("1", (20000, 10000))),
+    ),
+    "none of 10 files can be read": lambda root: [
+        (root / name).mkdir(parents=True, exist_ok=True)
+        or (root / name / f"{index}.jpg").write_text("no image")
+        for name in ("a", "b")
+        for index in range(5)
+    ],
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_folders_that_nobody_can_learn_from_are_refused(tmp_path, message):
+    BROKEN[message](tmp_path / "set")
+    with pytest.raises(data.DatasetError, match=message):
+        load_dataset(str(tmp_path / "set"))
+
+
+def test_an_image_size_is_for_folders():
+    with pytest.raises(data.DatasetError, match="is for folders of images"):
+        load_dataset("digits", image_size=48)
