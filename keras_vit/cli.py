@@ -24,11 +24,11 @@ BACKENDS = ("tensorflow", "jax", "torch")
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
 # What a run leaves, beside its settings and its model.
-OF_A_RUN = ("metrics.json", "best.keras", "history.csv", "timing.csv")
+OF_A_RUN = ("metrics.json", "best.keras", "history.csv", "timing.csv", "report.html")
 # Inside the folder of a run that is not finished.
 CHECKPOINTS = "checkpoints"
 # Settings that a run may go on with although they changed.
-FREE_TO_CHANGE = ("data_dir", "figures_dir", "output", "save_every", "tensorboard")
+FREE_TO_CHANGE = ("data_dir", "figures_dir", "language", "output", "save_every", "tensorboard")
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -66,6 +66,7 @@ class Run:
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
     figures_dir: str = option("figures", "folder of the pictures")
+    language: str = option("en", "language of the report", choices=("en", "pl"))
     overwrite: bool = option(False, "start over in a folder that holds a run")
     save_every: int | None = option(
         None, "least steps between checkpoints, beside the one after each epoch", low=1
@@ -160,7 +161,7 @@ def run(named):
     start = time.perf_counter()
     choose_backend(options.backend)
     if options.tensorboard:
-        _require("tensorboard", "--tensorboard")
+        require("tensorboard", "--tensorboard")
     if options.output or not undecided:
         _run_dir(options)
     figures_dir = _writable(options.figures_dir, "--figures-dir")
@@ -192,11 +193,7 @@ def run(named):
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
     try:
-        validation = None
-        if options.validation:
-            dataset, validation = dataset.hold_out(options.validation, options.seed)
-        if options.limit_train:
-            dataset = dataset.limit_train(options.limit_train, options.seed)
+        dataset, validation = training_part(dataset, options)
         keras.utils.set_random_seed(options.seed)
         dtype = "mixed_bfloat16" if options.mixed_precision else "float32"
         needed = training.least_memory(recipe, dataset, dtype)
@@ -230,11 +227,22 @@ def run(named):
         # Before the pictures, whose failure must not cost the numbers.
         write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
+        write_report(run_dir, model, dataset, probabilities, figures_dir, options.language)
         write_checksums(run_dir, (*OF_A_RUN, "model.keras", "config.json"))
         # Without a checkpoint the run counts as finished.
         shutil.rmtree(run_dir / CHECKPOINTS)
-    print(f"Model and numbers: {run_dir}. Pictures: {options.figures_dir}.")
+    print(f"Model, numbers and report: {run_dir}. Pictures: {options.figures_dir}.")
     return 0
+
+
+def training_part(dataset, options):
+    """The data that a run learns from, and what it holds out, which may be None."""
+    validation = None
+    if options.validation:
+        dataset, validation = dataset.hold_out(options.validation, options.seed)
+    if options.limit_train:
+        dataset = dataset.limit_train(options.limit_train, options.seed)
+    return dataset, validation
 
 
 def _fit(model, dataset, recipe, options, validation, run_dir):
@@ -377,6 +385,17 @@ def draw(model, dataset, recipe, probabilities, history, folder):
         raise Failure(f"the pictures cannot be written to {folder}: {error.strerror}", 1) from error
 
 
+def write_report(run_dir, model, dataset, probabilities, pictures, language):
+    """Writes `report.html` into the folder of a run; without Jinja2 a warning takes its place."""
+    try:
+        from keras_vit import report
+    except ModuleNotFoundError as error:
+        print(f"WARNING: report.html was not written: {error}", file=sys.stderr)
+        return
+    path = run_dir / "report.html"
+    report.write_report(path, run_dir, model, dataset, probabilities, pictures, language)
+
+
 def _load(options, named):
     """The data that was asked for or, where nobody asked and it is missing, the digits."""
     from keras_vit import data
@@ -401,7 +420,7 @@ def choose_backend(backend):
     backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
     if backend not in BACKENDS:
         raise Failure(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    _require(backend, f"backend {backend!r}")
+    require(backend, f"backend {backend!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if platform.machine() in ("x86_64", "AMD64"):
         # TensorFlow's default leaves Intel's kernels off on some AMD processors, twice as slow.
@@ -409,7 +428,7 @@ def choose_backend(backend):
     logging.getLogger("absl").setLevel(logging.ERROR)
 
 
-def _require(package, wish):
+def require(package, wish):
     if importlib.util.find_spec(package) is None:
         raise Failure(f"{wish} needs a package that is missing: try `pip install {package}`")
 

@@ -5,12 +5,16 @@ import csv
 import json
 import pathlib
 import sys
+import tempfile
 
 from keras_vit import cli
 from keras_vit.cli import BACKENDS, Failure, Parser
 from keras_vit.files import Busy
 
 BATCH_SIZE = 256
+MOST_EXPLORED = 12  # Images in one explorer.
+LANGUAGES = ("en", "pl")
+REPORT = "write the report of a run again"
 SHOWN = 5  # Classes of an image that `predict` names.
 
 
@@ -76,6 +80,19 @@ def parse(arguments):
     form = one.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="one JSON object per image and line")
     form.add_argument("--csv", action="store_true", help="one line per image and class")
+    one = add(explain, "draw where a model looks, as Attention Rollout", about_images)
+    one.add_argument(
+        *("-o", "--output"), metavar="DIR", type=pathlib.Path, required=True, help="folder for them"
+    )
+    one.add_argument("--html", action="store_true", help="the attention explorer as well")
+    one.add_argument("--language", choices=LANGUAGES, default="en", help="its language")
+
+    one = commands.add_parser("report", help=REPORT, description=REPORT)
+    one.set_defaults(command=report)
+    one.add_argument("run", metavar="RUN", type=pathlib.Path, help="folder of a finished run")
+    one.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
+    one.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
+    one.add_argument("--language", choices=LANGUAGES, default="en", help="language of the report")
     return parser.parse_args(arguments)
 
 
@@ -136,6 +153,79 @@ def predict(options):
     return int(failed)
 
 
+def explain(options):
+    """Draws the attention rollout of images; returns 1 if some could not be read."""
+    if options.html:
+        cli.require("jinja2", "--html")
+    model = load(options.model)
+    from keras_vit import evaluation, figures
+
+    names, failed, shown, taken = class_names(model), False, [], set()
+    with cli.saying_where_writing_fails(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        for paths, images in batches(options.images, model):
+            failed |= None in paths
+            paths = [path for path in paths if path is not None]
+            probabilities = evaluation.predict(model, images) if paths else ()
+            for path, image, row in zip(paths, images, probabilities):
+                title = f"{names[row.argmax()]} {row.max():.0%}"
+                place = free_name(options.output, path, taken)
+                figures.draw_attention_rollout(model, image[None], [title], place)
+                print(f"{path}: {title}, {place}")
+                if len(shown) < MOST_EXPLORED:
+                    shown.append((image, f"{pathlib.Path(path).name}: {title}"))
+        if options.html and shown:
+            explore(options, model, shown)
+    return int(failed)
+
+
+def explore(options, model, shown):
+    """Writes the attention explorer for pairs of image and title."""
+    import numpy as np
+
+    from keras_vit.report import write_explorer
+
+    images, titles = zip(*shown)
+    path = options.output / "explorer.html"
+    try:
+        count = write_explorer(
+            path, model, options.model.name, np.stack(images), titles, options.language
+        )
+    except ValueError as error:
+        raise Failure(str(error)) from error
+    print(f"The first {count} of them to look into: {path}")
+
+
+def report(options):
+    """Writes the report of a finished run again, from its files and its model."""
+    cli.require("jinja2", "a report")
+    config = options.run / "config.json"
+    settings = cli.parse(["--config", str(config)])
+    settings = {**settings, "data_dir": options.data_dir or settings.get("data_dir")}
+    run, recipe = cli.settle(settings)
+    if not (options.run / "metrics.json").exists():
+        raise Failure(f"{options.run} holds no finished run: metrics.json is missing")
+    model = load(options.run / "model.keras")
+    from keras_vit import data, evaluation
+    from keras_vit.journal import read_history
+    from keras_vit.report import write_report
+
+    try:
+        dataset = data.load_dataset(run.dataset, run.data_dir, run.image_size)
+    except data.DatasetError as error:
+        raise Failure(str(error)) from error
+    dataset, _ = cli.training_part(dataset, run)
+    probabilities = evaluation.predict(model, dataset.test_images)
+    history = read_history(options.run)
+    path = options.run / "report.html"
+    with cli.saying_where_writing_fails(options.run), tempfile.TemporaryDirectory() as folder:
+        pictures = pathlib.Path(folder)
+        cli.draw(model, dataset, recipe, probabilities, history, pictures)
+        write_report(path, options.run, model, dataset, probabilities, pictures, options.language)
+    print(f"Report: {path}")
+    return 0
+
+
 def load(path):
     """A classifier of images out of a file."""
     with cli.quiet():
@@ -148,6 +238,15 @@ def load(path):
     if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] not in (1, 3):
         raise Failure(f"{path} holds a model that takes {shape}, not images of 1 or 3 channels")
     return model
+
+
+def free_name(folder, path, taken):
+    """A path for the picture of an image, which no other image of this call has."""
+    stem = pathlib.Path(path).stem
+    names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return folder / name
 
 
 def class_names(model):

@@ -36,6 +36,13 @@ class OtherData(Exception):
     """A run was begun with other training images or labels than it shall go on with."""
 
 
+def read_history(run_dir):
+    """What each epoch of a run measured: lists of floats by the columns of its `history.csv`."""
+    with open(run_dir / "history.csv", newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "epoch"}
+
+
 class Journal(keras.callbacks.Callback):
     """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
 

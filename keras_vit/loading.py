@@ -6,6 +6,8 @@ import zipfile
 
 import keras
 
+from keras_vit import losses, model  # noqa: F401  Keras finds their classes registered.
+
 LARGEST = 4 * 2**30  # Bytes that a file may unpack to.
 # Others unpack to any size before they can be stopped.
 BOUNDED = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

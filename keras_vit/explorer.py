@@ -1,0 +1,64 @@
+"""What a page needs to show the attention of a model and to recompute its rollout."""
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image
+
+from keras_vit.attention import attention_scores
+
+# Bytes of attention in one page, a byte for each score.
+BUDGET = 3 * 2**20
+MOST_IMAGES = 12
+# Five points of Matplotlib's map viridis, which rises evenly in brightness.
+COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
+
+
+def pack(model, images, titles):
+    """Attention on a few images as plain values for JSON, in 8 bits a score.
+
+    Args:
+        model: a `VisionTransformer`.
+        images: uint8 array `(B, H, W, C)`; of so many that their attention takes over 3 MiB, the
+            first ones.
+        titles: list of strings, one for each image.
+
+    Returns:
+        Dictionary: sizes, `images` with title and data URI, `levels`, base64 of bytes
+        `(B, L, A, T, T)`, and `scales`, base64 of float32 `(B, L, A, T)`. A score is its level
+        times its row's scale over 255.
+
+    Raises:
+        ValueError: if the attention on a single image takes over 3 MiB.
+    """
+    scores = attention_scores(model, images[:1])
+    count = min(BUDGET // scores[0].size, MOST_IMAGES, len(images))
+    if count == 0:
+        raise ValueError(
+            f"Expected a model with at most {BUDGET:,} attention scores for an image. "
+            f"Received: {scores[0].size:,}"
+        )
+    scores = attention_scores(model, images[:count])
+    scales = scores.max(axis=-1)
+    levels = np.round(255 * scores / np.maximum(scales, 1e-30)[..., None]).astype("uint8")
+    _, blocks, heads, tokens, _ = scores.shape
+    height, width = images.shape[1:3]
+    side = model.get_layer("patches").patch_size
+    return {
+        **{"height": height, "width": width, "rows": height // side, "columns": width // side},
+        **{"blocks": blocks, "heads": heads, "tokens": tokens},
+        "images": [
+            {"title": title, "source": data_uri(image)}
+            for title, image in zip(titles, images[:count])
+        ],
+        "levels": base64.b64encode(levels.tobytes()).decode(),
+        "scales": base64.b64encode(scales.astype("<f4").tobytes()).decode(),
+    }
+
+
+def data_uri(image):
+    """An image `(H, W, C)` of uint8 as the address of a PNG inside the page."""
+    file = io.BytesIO()
+    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,293 @@
+"""Pages that open from disk and ask for nothing: the report of a run, and the explorer alone."""
+
+import base64
+import csv
+import importlib
+import inspect
+import itertools
+import json
+import pathlib
+
+import jinja2
+import keras
+import numpy as np
+import pygments
+from markupsafe import Markup
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+
+from keras_vit.explorer import COLOURS, MOST_IMAGES, pack
+from keras_vit.files import whole
+
+TEMPLATES = pathlib.Path(__file__).parent / "templates"
+LANGUAGES = ("en", "pl")
+SEED = 0
+# For each section, the picture that shows its effect, and what does it: classes and functions.
+SECTIONS = {
+    "augmentation": (
+        "augmentation.png",
+        ("layers.RandomResizedCrop", "model.default_augmentation", "training.augmentation"),
+    ),
+    "place": (None, ("model.VisionTransformer",)),
+    "data": (None, ("data.load_dataset", "data.Batches", "model.VisionTransformer.adapt")),
+    "patches": (None, ("layers.Patches",)),
+    "shown": ("patches.png", ("figures.draw_patches",)),
+    "model": (
+        "model.png",
+        (
+            *("model.VisionTransformer", "model.transformer_block"),
+            *("layers.ClassToken", "layers.PositionEmbedding", "layers.MultiHeadAttention"),
+            "figures.draw_model",
+        ),
+    ),
+    "training": (
+        "history.png",
+        ("training.fit", "training.compile_model", "training.learning_rate", "journal.Journal"),
+    ),
+    "results": (
+        "predictions.png",
+        (
+            *("evaluation.predict", "evaluation.classification_metrics"),
+            *("evaluation.calibration_error", "figures.draw_predictions"),
+        ),
+    ),
+    "rollout": (
+        "attention_rollout.png",
+        ("attention.attention_scores", "attention.attention_rollout", "explorer.pack"),
+    ),
+}
+
+
+def write_report(path, run_dir, model, dataset, probabilities, pictures, language="en"):
+    """Writes the report of a run as one HTML file.
+
+    Args:
+        path: `Path` of the file.
+        run_dir: `Path` of the run's folder, with `config.json`, `metrics.json` and `history.csv`.
+        model: the trained `VisionTransformer`.
+        dataset: the `Dataset` that it was trained and tested on.
+        probabilities: array `(N, num_classes)`, the model's answer for each test image.
+        pictures: `Path` of a folder with the pictures of the run; what is missing is left out.
+        language: `"en"` or `"pl"`.
+    """
+    facts = _facts(run_dir, model, dataset)
+    texts = _texts(language, facts)
+    sections = [
+        _section(key, picture and pictures / picture, names, texts, facts)
+        for key, (picture, names) in SECTIONS.items()
+    ]
+    results = next(section for section in sections if section["key"] == "results")
+    results["more"] = [
+        (_data_uri(pictures / "confusion_matrix.png"), texts["sections"]["confusion"])
+    ]
+    images, titles = _examples(dataset, probabilities)
+    try:
+        attention = pack(model, images, titles)
+    except ValueError:  # Too many tokens for a page.
+        attention = None
+    metrics = facts["metrics"]
+    headline = {
+        "accuracy": f"{metrics['accuracy']:.2%}",
+        "loss": f"{metrics['loss']:.3f}",
+        "calibration_error": f"{metrics['calibration_error']:.1%}",
+        "parameters": f"{metrics['parameters']:,}",
+        "epochs": str(metrics["epochs"]),
+        "minutes": f"{metrics['training_seconds'] / 60:.1f}",
+    }
+    light, dark = (HtmlFormatter(style=style) for style in ("default", "github-dark"))
+    _write(
+        path,
+        "report.html",
+        language,
+        texts,
+        title=texts["title"],
+        lead=texts["lead"],
+        headline=[(texts["headline"][name], value) for name, value in headline.items()],
+        sections=sections,
+        per_class=metrics["per_class"],
+        attention=attention,
+        highlighting=Markup(
+            light.get_style_defs(".highlight")
+            + "@media (prefers-color-scheme: dark) {"
+            + dark.get_style_defs(".highlight")
+            + "}.highlight, .highlight pre { background: none; margin: 0; }"
+        ),
+    )
+
+
+def write_explorer(path, model, name, images, titles, language="en"):
+    """Writes the attention explorer for a few images as one HTML file.
+
+    Args:
+        path: `Path` of the file.
+        model: a `VisionTransformer`.
+        name: string, what to call it.
+        images: uint8 array `(B, H, W, C)`, as the model takes them.
+        titles: list of strings, one for each image.
+        language: `"en"` or `"pl"`.
+
+    Returns:
+        Int, how many of the images fit into the page.
+
+    Raises:
+        ValueError: if the attention on a single image takes over 3 MiB.
+    """
+    texts = _texts(language, {"model": name})
+    attention = pack(model, images, titles)
+    title = texts["explorer"]["explained"]
+    _write(path, "explain.html", language, texts, title=title, attention=attention)
+    return len(attention["images"])
+
+
+def _write(path, template, language, texts, **context):
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    page = environment.get_template(template)
+    context |= {"language": language, "texts": texts, "colours": COLOURS}
+    with whole(path) as part:
+        part.write_text(page.render(context), encoding="utf-8")
+
+
+def _texts(language, facts):
+    """The texts of a language, with the facts put in where they name them."""
+    environment = jinja2.Environment()  # Escaped later, by the page's templates.
+
+    def filled(text):
+        if isinstance(text, dict):
+            return {key: filled(value) for key, value in text.items()}
+        if isinstance(text, list):
+            return [filled(value) for value in text]
+        return environment.from_string(text).render(facts)
+
+    return filled(json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8")))
+
+
+def _facts(run_dir, model, dataset):
+    """What the texts and tables tell, out of the run's files and its model."""
+    from keras_vit.training import step_schedule
+
+    config, metrics = (
+        json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("config", "metrics")
+    )
+    with open(run_dir / "history.csv", encoding="utf-8") as lines:
+        epochs = len(list(csv.DictReader(lines)))
+    height, width, channels = dataset.image_shape
+    side = model.get_layer("patches").patch_size
+    falls = step_schedule(config["learning_rate"], epochs, config["milestones"])[1]
+    normalization = model.get_layer("normalization")
+    return {
+        "config": config,
+        "metrics": metrics,
+        "dataset": dataset.name,
+        "train_count": f"{len(dataset.train_labels):,}",
+        "test_count": f"{len(dataset.test_labels):,}",
+        "accuracy": f"{metrics['accuracy']:.2%}",
+        "calibration_error": f"{metrics['calibration_error']:.1%}",
+        **{"height": height, "width": width, "channels": channels},
+        **{"patch": side, "patches": (height // side) * (width // side)},
+        "numbers": side * side * channels,
+        "falls": falls,
+        "classes": dataset.class_names,
+        "augmentation": [type(layer).__name__ for layer in model.augmentation],
+        "layers": [type(layer).__name__ for layer in model.layers],
+        "mean": _numbers(normalization.mean),
+        "deviation": np.sqrt(_numbers(normalization.variance)),
+        "optimizer": type(model.optimizer).__name__ if model.optimizer else "AdamW",
+    }
+
+
+def _numbers(variable):
+    return keras.ops.convert_to_numpy(variable).ravel()
+
+
+def _section(key, picture, names, texts, facts):
+    text = texts["sections"][key]
+    rows = _tables(texts, facts).get(key, {})
+    return {
+        "key": key,
+        "title": text["title"],
+        "paragraphs": text["paragraphs"],
+        "facts": [(texts["facts"][name], value) for name, value in rows.items()],
+        "picture": picture and _data_uri(picture),
+        "caption": text.get("caption", ""),
+        "objects": [_source(name) for name in names],
+        "more": [],
+    }
+
+
+def _tables(texts, facts):
+    """Names and values of each section's table."""
+    config, metrics = facts["config"], facts["metrics"]
+    arrow, numbers = " → ".join, lambda values: ", ".join(f"{value:.2f}" for value in values)
+    minutes, seconds = divmod(round(metrics["training_seconds"]), 60)
+    return {
+        "augmentation": {"layers": arrow(facts["augmentation"]) or texts["none"]},
+        "place": {"first_layers": arrow(facts["layers"][: len(facts["augmentation"]) + 3])},
+        "data": {
+            "source": facts["dataset"],
+            "train": facts["train_count"],
+            "test": facts["test_count"],
+            "classes": ", ".join(facts["classes"]),
+            "shape": f"{facts['height']}×{facts['width']}×{facts['channels']}",
+            "mean": numbers(facts["mean"]),
+            "deviation": numbers(facts["deviation"]),
+        },
+        "patches": {name: facts[name] for name in ("patch", "patches", "numbers")},
+        "model": {
+            name: config[name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim", "dropout")
+        },
+        "training": {
+            "optimizer": facts["optimizer"],
+            "learning_rate": f"{config['learning_rate']:g}",
+            "schedule": texts[config["schedule"]],
+            "weight_decay": f"{config['weight_decay']:g}",
+            "batch_size": config["batch_size"],
+            "seconds": f"{minutes} min {seconds} s",
+            "versions": ", ".join(f"{name} {x}" for name, x in metrics["versions"].items()),
+        },
+    }
+
+
+def _source(name):
+    """A class or function by its name within the package: its file, and its source as it is now."""
+    words = name.split(".")
+    found = importlib.import_module(f"keras_vit.{words[0]}")
+    for word in words[1:]:
+        found = getattr(found, word)
+    file = pathlib.Path(inspect.getsourcefile(found))
+    line = inspect.getsourcelines(found)[1]
+    source = inspect.cleandoc("\n" + inspect.getsource(found))
+    html = pygments.highlight(source, PythonLexer(), HtmlFormatter())
+    place = f"keras_vit/{file.relative_to(TEMPLATES.parent).as_posix()}, {line}"
+    return {"name": name.split(".", 1)[1], "place": place, "source": Markup(html)}
+
+
+def _examples(dataset, probabilities):
+    """A dozen test images at random, half of them wrong if there are so many, and titles."""
+    predicted, labels = probabilities.argmax(axis=1), dataset.test_labels
+    random, names = np.random.default_rng(SEED), dataset.class_names
+    count = min(MOST_IMAGES, len(labels))
+    right, wrong = (
+        random.permutation(np.flatnonzero(found))[:count]
+        for found in (predicted == labels, predicted != labels)
+    )
+    pairs = itertools.zip_longest(right, wrong)  # As many of each, as far as they go.
+    chosen = [i for pair in pairs for i in pair if i is not None][:count]
+    titles = [
+        f"✓ {names[i]}" if i == j else f"✗ {names[j]} ({names[i]})"
+        for i, j in zip(labels[chosen], predicted[chosen])
+    ]
+    return np.asarray(dataset.test_images[chosen]), titles
+
+
+def _data_uri(path):
+    """A picture as an address inside the page; None where it is missing."""
+    if not path.exists():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

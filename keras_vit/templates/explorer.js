@@ -1,0 +1,212 @@
+"use strict";
+(() => {
+  const read = (id) => JSON.parse(document.getElementById(id).textContent);
+  const data = read("attention-data"), texts = read("explorer-texts");
+  const colours = read("explorer-colours").map((c) => [1, 3, 5].map((i) => parseInt(c.slice(i, i + 2), 16)));
+  const { blocks, heads, tokens, rows, columns } = data;
+  const bytes = (text) => Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+  const levels = bytes(data.levels), scales = new Float32Array(bytes(data.scales).buffer);
+  const $ = (selector) => document.querySelector(".explorer " + selector);
+  const element = (name, parent, text = "") => {
+    const made = parent.appendChild(document.createElement(name));
+    made.textContent = text;
+    return made;
+  };
+  // Token 0 is the class token, the others are the patches, row by row.
+  const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
+  const percent = (share, digits = 1) => (100 * share).toFixed(digits) + " %";
+  const named = (token) => token === 0 ? texts.class_token
+    : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
+
+  // Attention of one head: each row was stored in 256 levels of its largest entry.
+  function attentionOf(block, head) {
+    const matrix = new Float32Array(tokens * tokens);
+    const start = ((state.image * blocks + block) * heads + head) * tokens;
+    for (let row = 0; row < tokens; row++) {
+      let sum = 0;
+      for (let column = 0; column < tokens; column++) {
+        const value = levels[(start + row) * tokens + column] * scales[start + row] / 255;
+        matrix[row * tokens + column] = value;
+        sum += value;
+      }
+      for (let column = 0; column < tokens; column++) matrix[row * tokens + column] /= sum;
+    }
+    return matrix;
+  }
+
+  // All heads of a block as one matrix; or one of them.
+  function fused(block) {
+    if (!isNaN(state.head)) return attentionOf(block, Number(state.head));
+    const all = Array.from({ length: heads }, (_, head) => attentionOf(block, head));
+    const fuse = { mean: (v) => v.reduce((a, b) => a + b) / heads, max: (v) => Math.max(...v), min: (v) => Math.min(...v) }[state.head];
+    return Float32Array.from(all[0], (_, index) => fuse(all.map((matrix) => matrix[index])));
+  }
+
+  // What a block adds to the rollout: attention without its smallest entries, and the residual.
+  function step(block) {
+    const matrix = fused(block), count = Math.floor(tokens * tokens * state.discard);
+    if (count > 0) {
+      const order = Array.from(matrix.keys()).sort((a, b) => matrix[a] - matrix[b]);
+      for (const index of order.slice(0, count)) if (index % tokens) matrix[index] = 0;
+    }
+    for (let row = 0; row < tokens; row++) {
+      if (state.residual) matrix[row * tokens + row] += 1;
+      let sum = 0;
+      for (let column = 0; column < tokens; column++) sum += matrix[row * tokens + column];
+      if (sum > 0) for (let column = 0; column < tokens; column++) matrix[row * tokens + column] /= sum;
+    }
+    return matrix;
+  }
+
+  const kept = { key: "", steps: [] };
+  function steps() {
+    const key = [state.image, state.head, state.residual, state.discard].join();
+    if (kept.key !== key) Object.assign(kept, { key, steps: Array.from({ length: blocks }, (_, block) => step(block)) });
+    return kept.steps;
+  }
+
+  // The query's row of the product of all steps up to a block, from the last one to the first.
+  function rollout(upTo) {
+    let row = new Float64Array(tokens);
+    row[state.query] = 1;
+    for (let block = upTo - 1; block >= 0; block--) {
+      const matrix = steps()[block], next = new Float64Array(tokens);
+      for (let i = 0; i < tokens; i++) if (row[i]) for (let j = 0; j < tokens; j++) next[j] += row[i] * matrix[i * tokens + j];
+      row = next;
+    }
+    return row;
+  }
+
+  const attended = (block) => fused(block - 1).slice(state.query * tokens, (state.query + 1) * tokens);
+  const weights = (block) => state.view === "rollout" ? rollout(block) : attended(block);
+
+  function paint(canvas, values, colour) {
+    canvas.width = columns;
+    canvas.height = rows;
+    const patches = Array.from(values).slice(1), low = Math.min(...patches), high = Math.max(...patches);
+    const pixels = canvas.getContext("2d").createImageData(columns, rows);
+    patches.forEach((value, index) => pixels.data.set(colour(high > low ? (value - low) / (high - low) : 0), 4 * index));
+    canvas.getContext("2d").putImageData(pixels, 0, 0);
+    return [low, high];
+  }
+
+  const viridis = (share) => {
+    const place = share * (colours.length - 1), below = Math.min(Math.floor(place), colours.length - 2);
+    return [0, 1, 2].map((i) => colours[below][i] + (place - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
+  };
+  const shade = (share) => [0, 0, 0, 255 * 0.75 * (1 - share)];
+
+  function mark(selector, token) {
+    document.querySelectorAll(".explorer " + selector).forEach((box) => {
+      box.hidden = !token;
+      if (!token) return;
+      box.style.left = 100 * ((token - 1) % columns) / columns + "%";
+      box.style.top = 100 * Math.floor((token - 1) / columns) / rows + "%";
+      box.style.width = 100 / columns + "%";
+      box.style.height = 100 / rows + "%";
+      box.style.inset = `${box.style.top} auto auto ${box.style.left}`;
+    });
+  }
+
+  function draw() {
+    const values = weights(state.block);
+    document.querySelectorAll(".thumbnails button").forEach((button, i) => button.setAttribute("aria-pressed", i === state.image));
+    $("#overlay img").src = data.images[state.image].source;
+    paint($("#overlay canvas"), values, shade);
+    const [low, high] = paint($("#map canvas"), values, viridis);
+    $("#low").textContent = percent(low);
+    $("#high").textContent = percent(high);
+    $("#block").value = state.block;
+    $("#block-value").textContent = `${state.block} / ${blocks}`;
+    $("#discard-value").textContent = percent(state.discard, 0);
+    $("#rollout-controls").style.visibility = state.view === "rollout" ? "" : "hidden";
+    $("#class-token").setAttribute("aria-pressed", state.query === 0);
+    mark(".mark.query", state.query);
+    mark(".mark.target", state.target);
+
+    const readout = $("#readout");
+    readout.replaceChildren();
+    element("strong", readout, data.images[state.image].title);
+    element("div", readout, `${texts.from} ${named(state.query)}${state.pinned ? " · " + texts.pinned : ""}`).id = "query";
+    if (state.target !== null) element("div", readout, `${texts.to} ${named(state.target)}: ${percent(values[state.target])}`).id = "target";
+    element("div", readout, `${texts.to} ${texts.class_token}: ${percent(values[0])}`).id = "to-class";
+    const list = element("ol", readout);
+    Array.from(values.keys()).slice(1).sort((a, b) => values[b] - values[a]).slice(0, 5)
+      .forEach((token) => element("li", list, `${named(token)}: ${percent(values[token])}`));
+
+    document.querySelectorAll(".growth button").forEach((button, index) => {
+      button.setAttribute("aria-pressed", index + 1 === state.block);
+      paint(button.querySelector("canvas"), weights(index + 1), viridis);
+    });
+    const table = $(".numbers");
+    table.replaceChildren();
+    for (let row = 0; row < rows; row++) {
+      const line = element("tr", table);
+      for (let column = 0; column < columns; column++) element("td", line, (100 * values[1 + row * columns + column]).toFixed(1));
+    }
+  }
+
+  const set = (change) => { Object.assign(state, change); draw(); };
+
+  data.images.forEach((image, index) => {
+    const button = element("button", $(".thumbnails"));
+    button.type = "button";
+    element("img", button).src = image.source;
+    button.firstChild.alt = "";
+    element("span", button, image.title);
+    button.onclick = () => set({ image: index });
+  });
+  for (let block = 1; block <= blocks; block++) {
+    const button = element("button", $(".growth"));
+    button.type = "button";
+    element("canvas", button);
+    element("span", button, `${texts.block} ${block}`);
+    button.onclick = () => set({ block });
+  }
+  for (const [value, text] of [["mean", texts.mean], ["max", texts.max], ["min", texts.min]]) element("option", $("#head"), text).value = value;
+  for (let head = 0; head < heads; head++) element("option", $("#head"), `${texts.head} ${head + 1}`).value = head;
+  $("#block").max = blocks;
+  $("#view").onchange = (event) => set({ view: event.target.value });
+  $("#head").onchange = (event) => set({ head: event.target.value });
+  $("#block").oninput = (event) => set({ block: Number(event.target.value) });
+  $("#residual").onchange = (event) => set({ residual: event.target.checked });
+  $("#discard").oninput = (event) => set({ discard: Number(event.target.value) });
+  $("#class-token").onclick = () => set({ query: 0, pinned: false });
+
+  // Pointing chooses where attention comes from; a click or tap keeps it, pointing then reads the weights.
+  for (const panel of document.querySelectorAll(".explorer .panel")) {
+    const under = (event) => {
+      const box = panel.getBoundingClientRect();
+      const column = Math.floor(columns * (event.clientX - box.left) / box.width);
+      const row = Math.floor(rows * (event.clientY - box.top) / box.height);
+      const inside = column >= 0 && column < columns && row >= 0 && row < rows;
+      return inside ? 1 + row * columns + column : null;
+    };
+    panel.onpointermove = (event) => {
+      const token = under(event);
+      if (token === null || token === (state.pinned ? state.target : state.query)) return;
+      set(state.pinned ? { target: token } : { query: token, target: null });
+    };
+    panel.onclick = (event) => {
+      const token = under(event);
+      if (token === null) return;
+      set(state.pinned && token === state.query ? { pinned: false, target: null } : { query: token, pinned: true, target: null });
+    };
+    panel.onpointerleave = () => { if (state.pinned) set({ target: null }); };
+  }
+  $("#overlay").onkeydown = (event) => {
+    const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
+    if (event.key === "Home" || event.key === "Escape") set({ query: 0, pinned: false, target: null });
+    else if (event.key === "Enter" || event.key === " ") set({ pinned: !state.pinned && state.query > 0, target: null });
+    else if (event.key in moves) {
+      const from = state.pinned ? state.target ?? state.query : state.query;
+      const [down, right] = from === 0 ? [0, 0] : moves[event.key];
+      const row = Math.min(Math.max(Math.floor((Math.max(from, 1) - 1) / columns) + down, 0), rows - 1);
+      const column = Math.min(Math.max((Math.max(from, 1) - 1) % columns + right, 0), columns - 1);
+      const token = 1 + row * columns + column;
+      set(state.pinned ? { target: token } : { query: token, target: null });
+    } else return;
+    event.preventDefault();
+  };
+  draw();
+})();
