@@ -26,8 +26,8 @@ def pack(model, images, titles):
 
     Returns:
         Dictionary: sizes, `images` with title and data URI, `levels`, base64 of bytes
-        `(B, L, A, T, T)`, and `scales`, base64 of float32 `(B, L, A, T)`. A score is its level
-        times its row's scale over 255.
+        `(B, L, A, T, T)`, and `scales`, base64 of float32 `(B, L, A, T)`. A score is the square
+        of its level over 255, times its row's scale: small ones are finer than large ones.
 
     Raises:
         ValueError: if the attention on a single image takes over 3 MiB.
@@ -41,7 +41,7 @@ def pack(model, images, titles):
         )
     scores = attention_scores(model, images[:count])
     scales = scores.max(axis=-1)
-    levels = np.round(255 * scores / np.maximum(scales, 1e-30)[..., None]).astype("uint8")
+    levels = np.round(255 * np.sqrt(scores / scales[..., None])).astype("uint8")
     _, blocks, heads, tokens, _ = scores.shape
     height, width = images.shape[1:3]
     side = model.get_layer("patches").patch_size

@@ -71,7 +71,7 @@ def write_report(path, run_dir, model, dataset, probabilities, pictures, languag
         language: `"en"` or `"pl"`.
     """
     facts = _facts(run_dir, model, dataset)
-    texts = _texts(language, facts)
+    texts = _filled(_texts(language) | {"explained": ""}, facts)
     sections = [
         _section(key, picture and pictures / picture, names, texts, facts)
         for key, (picture, names) in SECTIONS.items()
@@ -132,9 +132,9 @@ def write_explorer(path, model, name, images, titles, language="en"):
     Raises:
         ValueError: if the attention on a single image takes over 3 MiB.
     """
-    texts = _texts(language, {"model": name})
+    texts = _texts(language)
     attention = pack(model, images, titles)
-    title = texts["explorer"]["explained"]
+    title = _filled(texts["explained"], {"model": name})
     _write(path, "explain.html", language, texts, title=title, attention=attention)
     return len(attention["images"])
 
@@ -153,18 +153,18 @@ def _write(path, template, language, texts, **context):
         part.write_text(page.render(context), encoding="utf-8")
 
 
-def _texts(language, facts):
-    """The texts of a language, with the facts put in where they name them."""
-    environment = jinja2.Environment()  # Escaped later, by the page's templates.
+def _texts(language):
+    return json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8"))
 
-    def filled(text):
-        if isinstance(text, dict):
-            return {key: filled(value) for key, value in text.items()}
-        if isinstance(text, list):
-            return [filled(value) for value in text]
-        return environment.from_string(text).render(facts)
 
-    return filled(json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8")))
+def _filled(texts, facts):
+    """Texts, or dictionaries and lists of them, with the facts put in where they name them."""
+    if isinstance(texts, dict):
+        return {key: _filled(value, facts) for key, value in texts.items()}
+    if isinstance(texts, list):
+        return [_filled(value, facts) for value in texts]
+    # Escaped later, by the page's templates.
+    return jinja2.Template(texts, undefined=jinja2.StrictUndefined).render(facts)
 
 
 def _facts(run_dir, model, dataset):

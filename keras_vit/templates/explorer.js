@@ -14,18 +14,20 @@
   };
   // Token 0 is the class token, the others are the patches, row by row.
   const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
-  const percent = (share, digits = 1) => (100 * share).toFixed(digits) + " %";
+  // Two digits are what 8 bits can tell.
+  const digits = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0);
+  const percent = (share) => digits(share) + " %";
   const named = (token) => token === 0 ? texts.class_token
     : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
 
-  // Attention of one head: each row was stored in 256 levels of its largest entry.
+  // Attention of one head: of each entry, the root of its share of the row's largest was stored.
   function attentionOf(block, head) {
     const matrix = new Float32Array(tokens * tokens);
     const start = ((state.image * blocks + block) * heads + head) * tokens;
     for (let row = 0; row < tokens; row++) {
       let sum = 0;
       for (let column = 0; column < tokens; column++) {
-        const value = levels[(start + row) * tokens + column] * scales[start + row] / 255;
+        const value = (levels[(start + row) * tokens + column] / 255) ** 2 * scales[start + row];
         matrix[row * tokens + column] = value;
         sum += value;
       }
@@ -83,9 +85,12 @@
   function paint(canvas, values, colour) {
     canvas.width = columns;
     canvas.height = rows;
-    const patches = Array.from(values).slice(1), low = Math.min(...patches), high = Math.max(...patches);
+    const patches = Array.from(values).slice(1);
+    // A residual leaves most of a patch's weight with itself, beside which all others look alike.
+    const others = patches.filter((_, index) => index + 1 !== state.query);
+    const low = Math.min(...others), high = Math.max(...others);
     const pixels = canvas.getContext("2d").createImageData(columns, rows);
-    patches.forEach((value, index) => pixels.data.set(colour(high > low ? (value - low) / (high - low) : 0), 4 * index));
+    patches.forEach((value, index) => pixels.data.set(colour(high > low ? Math.min(Math.max((value - low) / (high - low), 0), 1) : 0), 4 * index));
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     return [low, high];
   }
@@ -116,9 +121,10 @@
     const [low, high] = paint($("#map canvas"), values, viridis);
     $("#low").textContent = percent(low);
     $("#high").textContent = percent(high);
+    $("#scale").hidden = state.query === 0;
     $("#block").value = state.block;
     $("#block-value").textContent = `${state.block} / ${blocks}`;
-    $("#discard-value").textContent = percent(state.discard, 0);
+    $("#discard-value").textContent = (100 * state.discard).toFixed(0) + " %";
     $("#rollout-controls").style.visibility = state.view === "rollout" ? "" : "hidden";
     $("#class-token").setAttribute("aria-pressed", state.query === 0);
     mark(".mark.query", state.query);
@@ -142,7 +148,7 @@
     table.replaceChildren();
     for (let row = 0; row < rows; row++) {
       const line = element("tr", table);
-      for (let column = 0; column < columns; column++) element("td", line, (100 * values[1 + row * columns + column]).toFixed(1));
+      for (let column = 0; column < columns; column++) element("td", line, digits(values[1 + row * columns + column]));
     }
   }
 
