@@ -14,6 +14,14 @@ from keras_vit.files import Busy
 BATCH_SIZE = 256
 MOST_EXPLORED = 12  # Images in one explorer.
 LANGUAGES = ("en", "pl")
+# How files of the formats of `export` end, and what packages write and run them.
+FORMATS = {
+    "onnx": (".onnx", ("onnx", "tf2onnx", "onnxruntime")),
+    "saved_model": ("", ()),
+    "litert": (".tflite", ("ai_edge_litert",)),
+}
+LARGEST_DIFFERENCE = 1e-3  # Between two probabilities, of Keras and of an exported model.
+EXPORT = "write a model for another runtime, and compare it there"
 REPORT = "write the report of a run again"
 SHOWN = 5  # Classes of an image that `predict` names.
 
@@ -87,6 +95,17 @@ def parse(arguments):
     one.add_argument("--html", action="store_true", help="the attention explorer as well")
     one.add_argument("--language", choices=LANGUAGES, default="en", help="its language")
 
+    one = commands.add_parser("export", help=EXPORT, description=EXPORT)
+    # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
+    one.set_defaults(command=export, backend="tensorflow")
+    one.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
+    one.add_argument("--format", choices=FORMATS, required=True, help="for which runtime")
+    one.add_argument(
+        *("-o", "--output"), metavar="PATH", type=pathlib.Path, required=True, help="where to"
+    )
+    one.add_argument("--dataset", metavar="NAME", help="test images to compare on, else noise")
+    one.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
+
     one = commands.add_parser("report", help=REPORT, description=REPORT)
     one.set_defaults(command=report)
     one.add_argument("run", metavar="RUN", type=pathlib.Path, help="folder of a finished run")
@@ -99,17 +118,7 @@ def parse(arguments):
 def evaluate(options):
     """Prints the numbers of a saved model on a test set; draws its pictures if told where."""
     model = load(options.model)
-    from keras_vit import data
-
-    # The model knows what it takes; a folder is resized to that.
-    side = model.input_shape[1] if data.is_folder(options.dataset) else None
-    try:
-        dataset = data.load_dataset(options.dataset, options.data_dir, side)
-    except data.DatasetError as error:
-        raise Failure(str(error)) from error
-    expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
-    if expected != found:
-        raise Failure(f"{options.model} takes images of {expected}, {dataset.name} has {found}")
+    dataset = dataset_for(model, options)
     names = class_names(model)
     if list(names) != list(dataset.class_names):
         raise Failure(
@@ -196,6 +205,41 @@ def explore(options, model, shown):
     print(f"The first {count} of them to look into: {path}")
 
 
+def export(options):
+    """Writes a model for another runtime; returns 1 if its answers differ there."""
+    suffix, packages = FORMATS[options.format]
+    if not options.output.name.endswith(suffix):
+        raise Failure(f"--output of --format {options.format} must end in {suffix}")
+    for package in packages:
+        cli.require(package, f"--format {options.format}")
+    model = load(options.model)
+    import numpy as np
+
+    images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
+    source = "256 images of noise"
+    if options.dataset:
+        images = dataset_for(model, options).test_images[:256]
+        source = f"{len(images)} test images of {options.dataset}"
+    with cli.quiet():
+        from keras_vit.export import compare, runner, served, write
+
+        with cli.saying_where_writing_fails(options.output):
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            write(served(model), options.output, options.format)
+        found = compare(model, runner(options.output, options.format), images)
+    print(f"{options.output}, {options.format}:")
+    for name in ("keras", "exported"):
+        times = found[name]
+        print(
+            f"  {name:8} {times['milliseconds']:8.2f} ms for one image, "
+            f"{times['images_per_second']:8,.0f} images/s in batches of 256"
+        )
+    print(f"  largest difference of a probability on {source}: {found['difference']:.1e}")
+    if not found["difference"] <= LARGEST_DIFFERENCE:
+        raise Failure(f"{options.output} differs from Keras by more than {LARGEST_DIFFERENCE}", 1)
+    return 0
+
+
 def report(options):
     """Writes the report of a finished run again, from its files and its model."""
     cli.require("jinja2", "a report")
@@ -247,6 +291,22 @@ def free_name(folder, path, taken):
     name = next(name for name in names if name not in taken)
     taken.add(name)
     return folder / name
+
+
+def dataset_for(model, options):
+    """The data set that was named, whose images must be such as the model takes."""
+    from keras_vit import data
+
+    # The model knows what it takes; a folder is resized to that.
+    side = model.input_shape[1] if data.is_folder(options.dataset) else None
+    try:
+        dataset = data.load_dataset(options.dataset, options.data_dir, side)
+    except data.DatasetError as error:
+        raise Failure(str(error)) from error
+    expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
+    if expected != found:
+        raise Failure(f"{options.model} takes images of {expected}, {dataset.name} has {found}")
+    return dataset
 
 
 def class_names(model):

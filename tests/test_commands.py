@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 
@@ -114,6 +115,73 @@ def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch,
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
 
 
+def test_explanations_are_drawn_for_each_image(place, capsys, tmp_path):
+    images = [place / "images" / name / "3.jpg" for name in ("rot", "blå")]
+    words = [*images, tmp_path / "gone.jpg", "-o", tmp_path / "out", "--html"]
+    assert run("explain", place / "run" / "model.keras", *words) == 1
+    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert pictures == ["3-2.png", "3.png", "explorer.html"]
+    captured = capsys.readouterr()
+    assert "gone.jpg cannot be read" in captured.err
+    best, share = max(expected(place, images[0]).items(), key=lambda pair: pair[1])
+    assert f"{images[0]}: {best} {share:.0%}, {tmp_path / 'out' / '3.png'}" in captured.out
+    assert "3.jpg: rot" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "name"),
+    [
+        ("onnx", "tf2onnx", "model.onnx"),
+        ("saved_model", "tensorflow", "model"),
+        ("litert", "ai_edge_litert", "model.tflite"),
+    ],
+)
+def test_exports_answer_in_their_runtimes_as_keras_does(
+    place, capsys, tmp_path, format, package, name
+):
+    """Batches of 1, 8 and 256 are compared, on images that need no preprocessing by hand."""
+    pytest.importorskip(package)
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+    words = ["--format", format, "-o", tmp_path / "new" / name]
+    assert run("export", place / "run" / "model.keras", *words) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "new" / name).exists()
+    difference = float(re.search(r"on 256 images of noise: (\S+)", out)[1])
+    assert difference < 1e-5
+    assert len(re.findall(r"\d ms for one image, +[\d,]+ images/s", out)) == 2
+
+
+def test_what_is_exported_takes_pixels_and_gives_probabilities(place):
+    from keras_vit.export import served
+
+    model = load_model(place / "run" / "model.keras")
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3))
+    logits = model.predict(images, verbose=0).astype("float64")
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    exported = served(model)
+    np.testing.assert_allclose(exported.predict(images, verbose=0), expected, atol=1e-5)
+    names = {type(layer).__name__ for layer in exported._flatten_layers()}
+    assert not names & {"RandomFlip", "RandomResizedCrop"}
+
+
+def test_an_export_that_answers_otherwise_is_an_error(place, capsys, monkeypatch, tmp_path):
+    from keras_vit import export
+
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+    right = export.runner
+
+    def wrong(path, format):
+        run = right(path, format)
+        return lambda images: run(images) + 0.002
+
+    monkeypatch.setattr(export, "runner", wrong)
+    words = ["--format", "saved_model", "-o", tmp_path / "model"]
+    assert run("export", place / "run" / "model.keras", *words) == 1
+    assert "differs from Keras by more than 0.001" in capsys.readouterr().err
+
+
 WRONG = {
     "": "the following arguments are required: COMMAND",
     "fly": "invalid choice: 'fly'",
@@ -121,6 +189,9 @@ WRONG = {
     "predict missing.keras x.png": "missing.keras cannot be read: No such file or directory",
     "predict model.h5 x.png": "model.h5 does not end in .keras",
     "predict {model} x.png --json --csv": "not allowed with argument",
+    "export {model} --format onnx -o model": "--format onnx must end in .onnx",
+    "export {model} --format torch -o x": "invalid choice: 'torch'",
+    "explain {model} x.png": "required: -o/--output",
     "evaluate {model} --dataset digits": "takes images of (16, 16, 3), digits has (32, 32, 3)",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "tells apart blå, rot, but others a, b",
