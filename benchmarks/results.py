@@ -22,7 +22,10 @@ START, END = "<!-- python -m benchmarks.results -->", "<!-- end of results -->"
 # Where a run lay on somebody's disk is nobody's business.
 PLACES = ("data_dir", "figures_dir", "output")
 # Settings that the table's command need not repeat.
-IMPLIED = (*PLACES, "backend", "dataset", "recipe", "save_every", "seed", "tensorboard")
+IMPLIED = (
+    *(*PLACES, "backend", "dataset", "language"),
+    *("recipe", "save_every", "seed", "tensorboard"),
+)
 COLUMNS = (
     *("recipe", "parameters", "epochs", "test accuracy", "corrupted", "calibration error"),
     *("minutes", "on", "command"),
