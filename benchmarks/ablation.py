@@ -90,10 +90,12 @@ def run(words, folder, cores):
     core = cores.get()
     pinned = ["taskset", "--cpu-list", core] if core else []
     places = ["--output", folder, "--figures-dir", folder / "figures"]
-    with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
-        command = [*pinned, sys.executable, ROOT / "train.py", *words, *places]
-        subprocess.run(command, stdout=log, stderr=log, check=True)
-    cores.put(core)
+    command = [*pinned, sys.executable, ROOT / "train.py", *words, *places]
+    try:
+        with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
+            subprocess.run(command, stdout=log, stderr=log, check=True)
+    finally:
+        cores.put(core)
 
 
 def accuracy(folder):

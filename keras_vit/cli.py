@@ -16,15 +16,26 @@ import tempfile
 import time
 import typing
 
-from keras_vit.files import CHECKSUMS, PARTS, Busy, locked, whole, write_checksums, write_json
+from keras_vit.files import (
+    CHECKSUMS,
+    PARTS,
+    Busy,
+    is_folder,
+    locked,
+    whole,
+    write_checksums,
+    write_json,
+)
 from keras_vit.recipes import CPU_RECIPE, DEFAULT_RECIPES, RECIPE, RECIPES, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
+LANGUAGES = ("en", "pl")
 # Image sides of the sets that everyone tries first: a wrong --patch-size is refused at once.
 KNOWN_SIDES = {"cifar10": 32, "cifar100": 32, "digits": 32}
 
 # What a run leaves, beside its settings and its model.
 OF_A_RUN = ("metrics.json", "best.keras", "history.csv", "timing.csv", "report.html")
+CHECKED = (*OF_A_RUN, "model.keras", "config.json")
 # Inside the folder of a run that is not finished.
 CHECKPOINTS = "checkpoints"
 # Settings that a run may go on with although they changed.
@@ -66,7 +77,7 @@ class Run:
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
     figures_dir: str = option("figures", "folder of the pictures")
-    language: str = option("en", "language of the report", choices=("en", "pl"))
+    language: str = option("en", "language of the report", choices=LANGUAGES)
     overwrite: bool = option(False, "start over in a folder that holds a run")
     save_every: int | None = option(
         None, "least steps between checkpoints, beside the one after each epoch", low=1
@@ -135,18 +146,36 @@ def parse(arguments=None, prog="train.py"):
     return named
 
 
-def settle(named):
-    """All settings: those that the user named, and the recipe's for the others.
+def settle(named, recipe=None):
+    """All settings: those that the user named, and a recipe's for the others.
+
+    Args:
+        named: dictionary of the settings that the user named.
+        recipe: string, the recipe if nobody named one; by default the first that suits them.
 
     Returns:
         A `Run` and a `Recipe`.
+
+    Raises:
+        Failure: if settings do not go together.
     """
-    dataset = named.get("dataset", Run.dataset)
-    name = named.get("recipe") or DEFAULT_RECIPES.get(dataset, RECIPE)
+    name = named.get("recipe") or recipe or _default_recipe(named)
+    if name is None:  # Only the device will tell.
+        try:
+            return settle(named, RECIPE)
+        except Failure:
+            return settle(named, CPU_RECIPE)
     recipe = RECIPES[name]
     values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named, "recipe": name}
+    if values["schedule"] != "cosine" and "warmup" not in named:
+        values["warmup"] = 0.0
     _check_together(values)
     return _pick(Run, values), _pick(recipe, values)
+
+
+def _default_recipe(named):
+    """The recipe that a data set suits, whatever the device; None for most of them."""
+    return named.get("recipe") or DEFAULT_RECIPES.get(named.get("dataset", Run.dataset))
 
 
 def run(named):
@@ -156,8 +185,7 @@ def run(named):
         named: dictionary of the settings that the user named, as `parse` returns it.
     """
     options, recipe = settle(named)
-    # Only the device tells which recipe suits it.
-    undecided = named.get("recipe") is None and options.dataset not in DEFAULT_RECIPES
+    undecided = _default_recipe(named) is None
     start = time.perf_counter()
     choose_backend(options.backend)
     if options.tensorboard:
@@ -181,12 +209,13 @@ def run(named):
             "it would only be slower, leave it out"
         )
 
-    dataset = _load(options, named)
-    if dataset.name == "digits" and not options.dataset.endswith(("digits", ".npz")):
+    dataset, missing = _load(options, named)
+    if missing:
         options, recipe = settle({**named, "dataset": "digits"})
-    elif undecided and not devices.accelerators():
-        options, recipe = settle({**named, "recipe": CPU_RECIPE})
-        print(f"No GPU found: recipe {CPU_RECIPE} (--recipe {RECIPE} is the larger model).")
+    elif undecided:
+        options, recipe = settle(named, RECIPE if devices.accelerators() else CPU_RECIPE)
+        if options.recipe == CPU_RECIPE:
+            print(f"No GPU found: recipe {CPU_RECIPE} (--recipe {RECIPE} is the larger model).")
     run_dir = _run_dir(options)
     if "epochs" not in named and not devices.accelerators() and recipe.epochs != recipe.cpu_epochs:
         recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
@@ -228,7 +257,7 @@ def run(named):
         write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
         draw(model, dataset, recipe, probabilities, history, figures_dir)
         write_report(run_dir, model, dataset, probabilities, figures_dir, options.language)
-        write_checksums(run_dir, (*OF_A_RUN, "model.keras", "config.json"))
+        write_checksums(run_dir, CHECKED)
         # Without a checkpoint the run counts as finished.
         shutil.rmtree(run_dir / CHECKPOINTS)
     print(f"Model, numbers and report: {run_dir}. Pictures: {options.figures_dir}.")
@@ -325,10 +354,12 @@ def _start_or_continue(run_dir, settings, overwrite):
 def saying_where_writing_fails(run_dir):
     try:
         yield
+    except BrokenPipeError:  # Of stdout, which nobody reads any more.
+        raise
     except OSError as error:
         raise Failure(
             f"{error.filename or run_dir} cannot be read or written: {error.strerror or error}. "
-            "What the run had saved before is still there",
+            "What was saved before is still there",
             status=1,
         ) from error
 
@@ -397,11 +428,11 @@ def write_report(run_dir, model, dataset, probabilities, pictures, language):
 
 
 def _load(options, named):
-    """The data that was asked for or, where nobody asked and it is missing, the digits."""
+    """The data that was asked for and False; where nobody asked and it is missing, digits, True."""
     from keras_vit import data
 
     try:
-        return data.load_dataset(options.dataset, options.data_dir, options.image_size)
+        return data.load_dataset(options.dataset, options.data_dir, options.image_size), False
     except data.DatasetError as error:
         if "dataset" in named:
             raise Failure(str(error)) from error
@@ -410,7 +441,7 @@ def _load(options, named):
             "that this run writes is labelled 'digits'.",
             file=sys.stderr,
         )
-        return data.load_dataset("digits")
+        return data.load_dataset("digits"), True
 
 
 def choose_backend(backend):
@@ -455,7 +486,7 @@ def _run_dir(options):
     name = options.dataset
     if name.endswith(".npz"):
         name = pathlib.Path(name).stem
-    elif pathlib.Path(name).expanduser().is_dir():
+    elif is_folder(name):
         name = pathlib.Path(name).expanduser().resolve().name
     name = name.replace("/", "_").replace(":", "_")
     default = f"runs/{name}-{options.recipe}-seed{options.seed}"
@@ -535,7 +566,14 @@ def _check_together(values):
     """Refuses values that are wrong only beside each other."""
     heads, width = values["num_heads"], values["embed_dim"]
     if width % heads:
-        raise Failure(f"--embed-dim must be a multiple of --num-heads {heads}, but is {width}")
+        raise Failure(
+            f"--embed-dim must be a multiple of --num-heads {heads}, but is {width} (recipe "
+            f"{values['recipe']})"
+        )
+    if values["image_size"] and (
+        values["dataset"] in KNOWN_SIDES or not is_folder(values["dataset"])
+    ):
+        raise Failure(f"--image-size is for folders of images, and {values['dataset']} is none")
     if values["warmup"] and values["schedule"] != "cosine":
         raise Failure(f"--warmup {values['warmup']} needs --schedule cosine")
     mixup, cutmix = values["mixup"], values["cutmix"]

@@ -8,12 +8,10 @@ import sys
 import tempfile
 
 from keras_vit import cli
-from keras_vit.cli import BACKENDS, Failure, Parser
-from keras_vit.files import Busy
+from keras_vit.cli import BACKENDS, LANGUAGES, Failure, Parser
+from keras_vit.files import Busy, is_folder, visible, write_checksums
 
 BATCH_SIZE = 256
-MOST_EXPLORED = 12  # Images in one explorer.
-LANGUAGES = ("en", "pl")
 # How files of the formats of `export` end, and what packages write and run them.
 FORMATS = {
     "onnx": (".onnx", ("onnx", "tf2onnx", "onnxruntime")),
@@ -35,6 +33,8 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         return cli.main(arguments[1:], prog="keras-vit train")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="surrogateescape")  # Names of files are any bytes.
     try:
         options = parse(arguments)
         cli.choose_backend(options.backend)
@@ -119,12 +119,8 @@ def evaluate(options):
     """Prints the numbers of a saved model on a test set; draws its pictures if told where."""
     model = load(options.model)
     dataset = dataset_for(model, options)
-    names = class_names(model)
-    if list(names) != list(dataset.class_names):
-        raise Failure(
-            f"{options.model} tells apart {', '.join(names)}, but {dataset.name} "
-            f"{', '.join(dataset.class_names)}"
-        )
+    if options.output and (options.output / "config.json").exists():
+        raise Failure(f"{options.output} holds a run, whose numbers would be lost")
     probabilities, metrics = cli.evaluate(model, dataset)
     if options.output:
         with cli.saying_where_writing_fails(options.output):
@@ -166,8 +162,9 @@ def explain(options):
     """Draws the attention rollout of images; returns 1 if some could not be read."""
     if options.html:
         cli.require("jinja2", "--html")
-    model = load(options.model)
+    model = vision_transformer(options.model)
     from keras_vit import evaluation, figures
+    from keras_vit.explorer import MOST_IMAGES
 
     names, failed, shown, taken = class_names(model), False, [], set()
     with cli.saying_where_writing_fails(options.output):
@@ -181,7 +178,7 @@ def explain(options):
                 place = free_name(options.output, path, taken)
                 figures.draw_attention_rollout(model, image[None], [title], place)
                 print(f"{path}: {title}, {place}")
-                if len(shown) < MOST_EXPLORED:
+                if len(shown) < MOST_IMAGES:
                     shown.append((image, f"{pathlib.Path(path).name}: {title}"))
         if options.html and shown:
             explore(options, model, shown)
@@ -212,7 +209,7 @@ def export(options):
         raise Failure(f"--output of --format {options.format} must end in {suffix}")
     for package in packages:
         cli.require(package, f"--format {options.format}")
-    model = load(options.model)
+    model = vision_transformer(options.model)
     import numpy as np
 
     images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
@@ -249,23 +246,29 @@ def report(options):
     run, recipe = cli.settle(settings)
     if not (options.run / "metrics.json").exists():
         raise Failure(f"{options.run} holds no finished run: metrics.json is missing")
-    model = load(options.run / "model.keras")
-    from keras_vit import data, evaluation
+    options.model, options.dataset, options.data_dir = (
+        options.run / "model.keras",
+        run.dataset,
+        run.data_dir,
+    )
+    model = vision_transformer(options.model)
+    from keras_vit import evaluation
     from keras_vit.journal import read_history
     from keras_vit.report import write_report
 
-    try:
-        dataset = data.load_dataset(run.dataset, run.data_dir, run.image_size)
-    except data.DatasetError as error:
-        raise Failure(str(error)) from error
-    dataset, _ = cli.training_part(dataset, run)
-    probabilities = evaluation.predict(model, dataset.test_images)
-    history = read_history(options.run)
     path = options.run / "report.html"
     with cli.saying_where_writing_fails(options.run), tempfile.TemporaryDirectory() as folder:
-        pictures = pathlib.Path(folder)
-        cli.draw(model, dataset, recipe, probabilities, history, pictures)
-        write_report(path, options.run, model, dataset, probabilities, pictures, options.language)
+        try:
+            dataset, _ = cli.training_part(dataset_for(model, options), run)
+            history = read_history(options.run)
+            probabilities = evaluation.predict(model, dataset.test_images)
+            pictures = pathlib.Path(folder)
+            cli.draw(model, dataset, recipe, probabilities, history, pictures)
+            facts = options.run, model, dataset, probabilities, pictures, options.language
+            write_report(path, *facts)
+        except (KeyError, ValueError) as error:
+            raise Failure(f"{options.run} holds no run to report on: {error}") from error
+        write_checksums(options.run, cli.CHECKED)
     print(f"Report: {path}")
     return 0
 
@@ -279,14 +282,29 @@ def load(path):
     except ModelError as error:
         raise Failure(str(error)) from error
     shape = model.input_shape
-    if not isinstance(shape, tuple) or len(shape) != 4 or shape[-1] not in (1, 3):
+    if (
+        not isinstance(shape, tuple)
+        or len(shape) != 4
+        or None in shape[1:]
+        or shape[-1] not in (1, 3)
+    ):
         raise Failure(f"{path} holds a model that takes {shape}, not images of 1 or 3 channels")
+    return model
+
+
+def vision_transformer(path):
+    """A model of this package out of a file."""
+    model = load(path)
+    from keras_vit import VisionTransformer
+
+    if not isinstance(model, VisionTransformer):
+        raise Failure(f"{path} holds a {type(model).__name__}, not a VisionTransformer")
     return model
 
 
 def free_name(folder, path, taken):
     """A path for the picture of an image, which no other image of this call has."""
-    stem = pathlib.Path(path).stem
+    stem = f"{pathlib.Path(path).stem}-attention"
     names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
     name = next(name for name in names if name not in taken)
     taken.add(name)
@@ -294,18 +312,28 @@ def free_name(folder, path, taken):
 
 
 def dataset_for(model, options):
-    """The data set that was named, whose images must be such as the model takes."""
+    """The data set that was named, whose images and classes must be such as the model takes."""
     from keras_vit import data
 
+    if not options.dataset:
+        raise Failure("--dataset must not be empty")
     # The model knows what it takes; a folder is resized to that.
-    side = model.input_shape[1] if data.is_folder(options.dataset) else None
+    size = model.input_shape[1:3] if data.is_folder(options.dataset) else None
     try:
-        dataset = data.load_dataset(options.dataset, options.data_dir, side)
+        dataset = data.load_dataset(options.dataset, options.data_dir, size)
     except data.DatasetError as error:
         raise Failure(str(error)) from error
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
         raise Failure(f"{options.model} takes images of {expected}, {dataset.name} has {found}")
+    names = getattr(model, "class_names", None)
+    if len(dataset.class_names) != model.output_shape[-1] or (
+        names is not None and list(names) != list(dataset.class_names)
+    ):
+        raise Failure(
+            f"{options.model} tells apart {', '.join(class_names(model))}, but {dataset.name} "
+            f"{', '.join(dataset.class_names)}"
+        )
     return dataset
 
 
@@ -351,8 +379,7 @@ def listed(words):
     for word in words:
         if word == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif pathlib.Path(word).is_dir():
-            found = [path for path in sorted(pathlib.Path(word).rglob("*")) if path.is_file()]
-            yield from (str(path) for path in found if not path.name.startswith("."))
+        elif is_folder(word):
+            yield from map(str, visible(pathlib.Path(word)))
         else:
             yield word

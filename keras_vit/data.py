@@ -12,6 +12,7 @@ import zlib
 import keras
 import numpy as np
 
+from keras_vit import files
 from keras_vit.image_files import ImageError, read_folder
 
 # Sets whose classes a mirror changes: a mirrored 2 is no digit.
@@ -56,7 +57,9 @@ class DatasetError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Labelled images for training and testing, in memory.
+    """Labelled images for training and testing, in memory, or mapped into it if they are large.
+
+    `limit_train` and `hold_out` copy what they keep into memory.
 
     Attributes:
         name: string, the source.
@@ -178,8 +181,8 @@ def load_dataset(source="cifar10", data_dir=None, image_size=None):
             validation split gives up a fifth of its images for one.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-        image_size: int, side in pixels that the images of a folder are
-            resized to.
+        image_size: int or pair `(height, width)`, pixels that the images of
+            a folder are resized to.
 
     Returns:
         A `Dataset`.
@@ -199,7 +202,7 @@ def load_dataset(source="cifar10", data_dir=None, image_size=None):
 
 def is_folder(source):
     """Whether the source of a data set is a folder of images, not a set that goes by that name."""
-    return source not in NAMED and pathlib.Path(source).expanduser().is_dir()
+    return source not in NAMED and files.is_folder(source)
 
 
 def digest(images, labels):

@@ -61,4 +61,9 @@ def data_uri(image):
     """An image `(H, W, C)` of uint8 as the address of a PNG inside the page."""
     file = io.BytesIO()
     Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return png_uri(file.getvalue())
+
+
+def png_uri(content):
+    """The bytes of a PNG file as an address inside the page."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

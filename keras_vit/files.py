@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import platform
 
 try:
@@ -51,6 +52,20 @@ def _flush_names(folder):
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def is_folder(name):
+    """Whether a string or `Path` names a folder; what can be no name at all names none."""
+    try:
+        return str(name) != "" and pathlib.Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        return False
+
+
+def visible(folder):
+    """Sorted files in and below a folder, but for hidden ones and those in hidden folders."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [x for x in found if not any(y.startswith(".") for y in x.relative_to(folder).parts)]
 
 
 def write_json(path, content):

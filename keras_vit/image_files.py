@@ -1,7 +1,7 @@
 """Image files of any kind as arrays of pixels: one by one, or a folder with one of them per class.
 
-A folder is decoded once, by all cores, into a file in the user's cache; what is too large for
-memory stays there, and training reads what it needs.
+A folder is decoded once, by all cores, into a file in the user's cache; a set of over 2 GiB stays
+there, and training reads what it needs.
 """
 
 import concurrent.futures
@@ -10,14 +10,16 @@ import json
 import os
 import pathlib
 import sys
+import time
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from keras_vit.files import whole, write_json
+from keras_vit.files import PARTS, visible, whole, write_json
 
-# An image that would unpack to more pixels is refused: a small file can hold gigabytes.
-MOST_PIXELS = 100_000_000
+# An image that would unpack to more pixels is refused, as a small file can hold gigabytes: Pillow
+# warns there.
+MOST_PIXELS = 89_478_485
 # Sides that images of a folder are resized to where they differ in size: from, to, in steps of.
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 32, 64, 8
 # Images that are all of one size keep it up to this side.
@@ -26,6 +28,8 @@ LARGEST_OWN_SIDE = 128
 MOST_UNREADABLE = 0.01
 # A larger array stays on disk.
 IN_MEMORY = 2 * 2**30
+# What a killed process was writing is removed from the cache after so many seconds.
+ABANDONED = 24 * 3600
 # Names of the folders that hold the images to test on.
 TEST_FOLDERS = ("test", "val", "validation")
 
@@ -55,7 +59,7 @@ def read_image(path, size=None, channels=3):
 
     Raises:
         ImageError: if the file cannot be read.
-        TooLarge: if it would unpack to over 100 million pixels.
+        TooLarge: if it would unpack to over 89 million pixels.
     """
     try:
         with _opened(path) as image:
@@ -80,8 +84,9 @@ def read_folder(folder, image_size=None, test_share=0.2, seed=0):
     Args:
         folder: `Path` of a folder of sub-folders, which name the classes; or of a folder with
             `train` and `test` (or `val`) above them.
-        image_size: int, side in pixels that images are resized to; by default their own size if
-            all agree and it is at most 128, else what suits their median, from 32 to 64.
+        image_size: int or pair `(height, width)`, pixels that images are resized to; by default
+            their own size if all agree and it is at most 128, else what suits their median, from
+            32 to 64.
         test_share: float, share of each class that becomes the test set where none is set apart.
         seed: int, decides which images those are.
 
@@ -91,11 +96,11 @@ def read_folder(folder, image_size=None, test_share=0.2, seed=0):
 
     Raises:
         ImageError: if there are no images, fewer than two classes, a class without images, a test
-            class that training lacks, an image of over 100 million pixels, or if one in a hundred
+            class that training lacks, an image of over 89 million pixels, or if one in a hundred
             files cannot be read.
     """
     files, labels, names, train_count = _listed(folder, test_share, seed)
-    size = (image_size, image_size) if image_size else _common_size(files)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     images, unreadable = _decoded(folder, files, size)
     if unreadable:
         lines = [f"{path.relative_to(folder)}: {reason}" for path, reason in unreadable.items()]
@@ -119,7 +124,7 @@ def read_folder(folder, image_size=None, test_share=0.2, seed=0):
 
 def _listed(folder, test_share, seed):
     """Files, training ones in front, their labels, class names and the number for training."""
-    tops = {path.name: path for path in _visible(folder) if path.is_dir()}
+    tops = {path.name: path for path in _sub_folders(folder)}
     test = next((tops[name] for name in TEST_FOLDERS if name in tops), None)
     if "train" not in tops or (test is None and len(tops) > 1):
         tops, test = {"train": folder}, None
@@ -165,21 +170,14 @@ def _set_aside(folder, labelled, share, seed):
     return sorted(train, key=lambda pair: pair[0]), sorted(test, key=lambda pair: pair[0])
 
 
-def _visible(folder):
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+def _sub_folders(folder):
+    found = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in found if not path.name.startswith(".")]
 
 
 def _by_class(folder):
-    """Sorted files in and below each sub-folder, by its name."""
-    return {
-        path.name: sorted(
-            file
-            for file in path.rglob("*")
-            if file.is_file() and not any(x.startswith(".") for x in file.relative_to(path).parts)
-        )
-        for path in _visible(folder)
-        if path.is_dir()
-    }
+    """Files in and below each sub-folder, by its name."""
+    return {path.name: visible(path) for path in _sub_folders(folder)}
 
 
 def _common_size(files):
@@ -209,20 +207,16 @@ def _size_of(path):
 
 def _opened(path):
     """A Pillow image whose pixels are not unpacked yet, if it is not too large for that."""
-    most = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None  # Its bound warns first and lies elsewhere.
     try:
         image = Image.open(path)
-    finally:
-        Image.MAX_IMAGE_PIXELS = most
-    width, height = image.size
-    if width * height > MOST_PIXELS:
+        width, height = image.size
+        if width * height <= MOST_PIXELS:
+            return image
         image.close()
-        raise TooLarge(
-            f"{getattr(path, 'name', path)} would unpack to {width}x{height} pixels, at most "
-            f"{MOST_PIXELS:,} are allowed"
-        )
-    return image
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        pass
+    name = getattr(path, "name", path)
+    raise TooLarge(f"{name} would unpack to over {MOST_PIXELS:,} pixels")
 
 
 def _rgb(image):
@@ -246,16 +240,21 @@ def _reason(error):
 
 def _decoded(folder, files, size):
     """All images that can be read as one array, from the cache if it has them; reasons by path."""
-    facts = [(str(path.relative_to(folder)), path.stat()) for path in files]
-    content = [str(folder.resolve()), size, [(x, s.st_size, s.st_mtime_ns) for x, s in facts]]
-    key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
+    # A change of permissions changes nothing but `st_ctime`.
+    facts = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
+    content = json.dumps([str(folder.resolve()), size, facts])
+    key = hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:24]
     place = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "keras_vit"
     array, notes = place / f"{key}.npy", place / f"{key}.json"
     try:
-        if not notes.exists():
+        if not (array.exists() and notes.exists()):
             place.mkdir(parents=True, exist_ok=True)
+            for part in place.glob(PARTS):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
             with whole(array) as part:
-                unreadable = _decode(files, size, part)
+                unreadable = _decode(files, size or _common_size(files), part)
             write_json(notes, {str(path.relative_to(folder)): x for path, x in unreadable.items()})
         reasons = json.loads(notes.read_text(encoding="utf-8"))
         unreadable = {folder / path: reason for path, reason in reasons.items()}
@@ -275,6 +274,10 @@ def _decode(files, size, part):
 
     shape = (len(files), *size, 3)
     images = np.lib.format.open_memmap(part, mode="w+", dtype="uint8", shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # Else a disk that is full later ends the process where it writes into the map.
+        with open(part, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     bar = keras.utils.Progbar(len(files), unit_name="image")
     print(f"Decoding {len(files):,} images to {size[0]}x{size[1]} pixels, once")
 

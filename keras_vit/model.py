@@ -160,7 +160,9 @@ class VisionTransformer(keras.Model):
         Args:
             images: array `(B, H, W, C)` of raw pixels.
         """
-        self.get_layer("normalization").adapt(images)
+        # Of all images at once, Keras would make a copy eight times as large as they are.
+        groups = (images[start : start + 1024] for start in range(0, len(images), 1024))
+        self.get_layer("normalization").adapt(groups)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Keras's loss of a batch; where training mixed its images, the loss mixes their labels."""

@@ -1,6 +1,5 @@
 """Pages that open from disk and ask for nothing: the report of a run, and the explorer alone."""
 
-import base64
 import csv
 import importlib
 import inspect
@@ -16,17 +15,17 @@ from markupsafe import Markup
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from keras_vit.explorer import COLOURS, MOST_IMAGES, pack
+import keras_vit.layers
+from keras_vit.explorer import COLOURS, MOST_IMAGES, pack, png_uri
 from keras_vit.files import whole
 
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
-LANGUAGES = ("en", "pl")
 SEED = 0
 # For each section, the picture that shows its effect, and what does it: classes and functions.
 SECTIONS = {
     "augmentation": (
         "augmentation.png",
-        ("layers.RandomResizedCrop", "model.default_augmentation", "training.augmentation"),
+        ("model.default_augmentation", "training.augmentation"),  # And the layers themselves.
     ),
     "place": (None, ("model.VisionTransformer",)),
     "data": (None, ("data.load_dataset", "data.Batches", "model.VisionTransformer.adapt")),
@@ -70,12 +69,14 @@ def write_report(path, run_dir, model, dataset, probabilities, pictures, languag
         pictures: `Path` of a folder with the pictures of the run; what is missing is left out.
         language: `"en"` or `"pl"`.
     """
-    facts = _facts(run_dir, model, dataset)
+    number = {"en": str, "pl": _polish}[language]
+    facts = _facts(run_dir, model, dataset, number)
     texts = _filled(_texts(language) | {"explained": ""}, facts)
     sections = [
         _section(key, picture and pictures / picture, names, texts, facts)
         for key, (picture, names) in SECTIONS.items()
     ]
+    _describe_augmentation(sections[0], model.augmentation, texts["sections"]["augmentation"])
     results = next(section for section in sections if section["key"] == "results")
     results["more"] = [
         (_data_uri(pictures / "confusion_matrix.png"), texts["sections"]["confusion"])
@@ -102,9 +103,15 @@ def write_report(path, run_dir, model, dataset, probabilities, pictures, languag
         texts,
         title=texts["title"],
         lead=texts["lead"],
-        headline=[(texts["headline"][name], value) for name, value in headline.items()],
+        headline=[(texts["headline"][name], number(value)) for name, value in headline.items()],
         sections=sections,
-        per_class=metrics["per_class"],
+        per_class={
+            name: {
+                **{x: number(f"{row[x]:.3f}") for x in ("precision", "recall", "f1_score")},
+                "images": number(f"{row['images']:,}"),
+            }
+            for name, row in metrics["per_class"].items()
+        },
         attention=attention,
         highlighting=Markup(
             light.get_style_defs(".highlight")
@@ -167,8 +174,25 @@ def _filled(texts, facts):
     return jinja2.Template(texts, undefined=jinja2.StrictUndefined).render(facts)
 
 
-def _facts(run_dir, model, dataset):
-    """What the texts and tables tell, out of the run's files and its model."""
+def _polish(number):
+    """A number as Polish writes it, with a comma for decimals and spaces between thousands."""
+    return str(number).replace(",", "\u00a0").replace(".", ",")
+
+
+def _describe_augmentation(section, layers, texts):
+    """Adds what the layers of an augmentation do, and the source of those of this package."""
+    names = [type(layer).__name__ for layer in layers]
+    described = [texts["layers"][name] for name in names if name in texts["layers"]]
+    section["paragraphs"] = section["paragraphs"] + (described if names else [texts["without"]])
+    ours = [name for name in names if hasattr(keras_vit.layers, name)]
+    section["objects"] = [_source(f"layers.{name}") for name in ours] + section["objects"]
+
+
+def _facts(run_dir, model, dataset, number):
+    """What the texts and tables tell, out of the run's files and its model.
+
+    `number` is a function that writes a number as the report's language does.
+    """
     from keras_vit.training import step_schedule
 
     config, metrics = (
@@ -185,10 +209,11 @@ def _facts(run_dir, model, dataset):
         "config": config,
         "metrics": metrics,
         "dataset": dataset.name,
-        "train_count": f"{len(dataset.train_labels):,}",
-        "test_count": f"{len(dataset.test_labels):,}",
-        "accuracy": f"{metrics['accuracy']:.2%}",
-        "calibration_error": f"{metrics['calibration_error']:.1%}",
+        "number": number,
+        "train_count": number(f"{len(dataset.train_labels):,}"),
+        "test_count": number(f"{len(dataset.test_labels):,}"),
+        "accuracy": number(f"{metrics['accuracy']:.2%}"),
+        "calibration_error": number(f"{metrics['calibration_error']:.1%}"),
         **{"height": height, "width": width, "channels": channels},
         **{"patch": side, "patches": (height // side) * (width // side)},
         "numbers": side * side * channels,
@@ -224,7 +249,11 @@ def _section(key, picture, names, texts, facts):
 def _tables(texts, facts):
     """Names and values of each section's table."""
     config, metrics = facts["config"], facts["metrics"]
-    arrow, numbers = " → ".join, lambda values: ", ".join(f"{value:.2f}" for value in values)
+    arrow, number = " → ".join, facts["number"]
+
+    def numbers(values):
+        return "; ".join(number(f"{value:.2f}") for value in values)
+
     minutes, seconds = divmod(round(metrics["training_seconds"]), 60)
     return {
         "augmentation": {"layers": arrow(facts["augmentation"]) or texts["none"]},
@@ -240,13 +269,14 @@ def _tables(texts, facts):
         },
         "patches": {name: facts[name] for name in ("patch", "patches", "numbers")},
         "model": {
-            name: config[name] for name in ("embed_dim", "depth", "num_heads", "mlp_dim", "dropout")
+            name: number(config[name])
+            for name in ("embed_dim", "depth", "num_heads", "mlp_dim", "dropout")
         },
         "training": {
             "optimizer": facts["optimizer"],
-            "learning_rate": f"{config['learning_rate']:g}",
+            "learning_rate": number(f"{config['learning_rate']:g}"),
             "schedule": texts[config["schedule"]],
-            "weight_decay": f"{config['weight_decay']:g}",
+            "weight_decay": number(f"{config['weight_decay']:g}"),
             "batch_size": config["batch_size"],
             "seconds": f"{minutes} min {seconds} s",
             "versions": ", ".join(f"{name} {x}" for name, x in metrics["versions"].items()),
@@ -290,4 +320,4 @@ def _data_uri(path):
     """A picture as an address inside the page; None where it is missing."""
     if not path.exists():
         return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    return png_uri(path.read_bytes())

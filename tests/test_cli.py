@@ -123,6 +123,30 @@ def test_without_a_gpu_a_plain_run_takes_the_quick_recipe(capsys, monkeypatch, t
     assert (tmp_path / "runs" / "cifar10-baseline-seed0" / "metrics.json").exists()
 
 
+def test_what_no_default_recipe_wants_is_judged_by_the_one_that_is_taken(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(devices, "accelerators", lambda: [])
+    other = dataclasses.replace(data.load_dataset("digits"), name="cifar10")
+    monkeypatch.setattr(data, "load_dataset", lambda *_: other)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["--embed-dim=128"]) == 2
+    error = "--embed-dim must be a multiple of --num-heads 3, but is 128 (recipe quick)"
+    assert capsys.readouterr().err == f"error: {error}\n"
+    assert cli.settle(cli.parse(["--schedule=milestones"]), "quick")[1].warmup == 0
+    assert cli.settle(cli.parse(["--num-heads=3", "--embed-dim=96"]))[0].recipe == "baseline"
+    assert cli.settle(cli.parse(["--num-heads=3"]))[0].recipe == "quick"
+    assert cli.settle(cli.parse(["--warmup=0.2"]))[1].warmup == 0.2
+
+
+def test_an_image_size_is_for_folders(capsys, tmp_path):
+    assert cli.main(["--image-size=48"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: --image-size is for folders of images, and cifar10 is none\n"
+    )
+
+
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
     load = data.load_dataset
 

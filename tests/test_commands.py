@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import commands, load_model
+from keras_vit import VisionTransformer, commands, load_model
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--epochs=1"]
 
@@ -103,6 +103,35 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkey
     assert gone_line.startswith(f"error: {tmp_path / 'gone.png'} cannot be read: ")
 
 
+def test_hidden_files_are_not_looked_at(place, capsys, tmp_path):
+    for name in (".git", "seen"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("no image")
+    assert run("predict", place / "run" / "model.keras", tmp_path) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_without_names_is_measured_and_numbers_its_classes(
+    place, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    model = load_model(place / "run" / "model.keras")
+    nameless = VisionTransformer.from_config({**model.get_config(), "class_names": None})
+    nameless.save(tmp_path / "model.keras")
+    assert run("evaluate", tmp_path / "model.keras", "--dataset", place / "images") == 0
+    assert run("predict", tmp_path / "model.keras", place / "images" / "rot" / "3.jpg") == 0
+    assert re.search(r"3.jpg: [01] [\d.]+%, [01] ", capsys.readouterr().out)
+
+
+def test_images_that_are_not_square_stay_so(capsys, monkeypatch, place, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    places = [f"--output={tmp_path / 'run'}", f"--figures-dir={tmp_path / 'figures'}"]
+    assert commands.main(["train", *TINY, f"--dataset={place / 'images'}", *places]) == 0
+    model = tmp_path / "run" / "model.keras"
+    assert load_model(model).input_shape == (None, 20, 24, 3)
+    assert run("evaluate", model, "--dataset", place / "images") == 0
+
+
 def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     words = ["--dataset", place / "images", "-o", tmp_path / "out"]
@@ -120,11 +149,13 @@ def test_explanations_are_drawn_for_each_image(place, capsys, tmp_path):
     words = [*images, tmp_path / "gone.jpg", "-o", tmp_path / "out", "--html"]
     assert run("explain", place / "run" / "model.keras", *words) == 1
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert pictures == ["3-2.png", "3.png", "explorer.html"]
+    assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
     captured = capsys.readouterr()
     assert "gone.jpg cannot be read" in captured.err
     best, share = max(expected(place, images[0]).items(), key=lambda pair: pair[1])
-    assert f"{images[0]}: {best} {share:.0%}, {tmp_path / 'out' / '3.png'}" in captured.out
+    assert (
+        f"{images[0]}: {best} {share:.0%}, {tmp_path / 'out' / '3-attention.png'}" in captured.out
+    )
     assert "3.jpg: rot" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
 
 
@@ -191,6 +222,10 @@ WRONG = {
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "export {model} --format torch -o x": "invalid choice: 'torch'",
+    "predict {cnn} x.png": "not images of 1 or 3 channels",
+    "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
+    "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
+    "evaluate {model} --dataset {images} -o {run}": "holds a run, whose numbers would be lost",
     "explain {model} x.png": "required: -o/--output",
     "evaluate {model} --dataset digits": "takes images of (16, 16, 3), digits has (32, 32, 3)",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
@@ -212,7 +247,15 @@ def test_what_is_wrong_is_said_in_one_line(words, place, capsys, monkeypatch, tm
             image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
             image.save(tmp_path / "others" / name / f"{index}.png")
     places = {name: tmp_path / name for name in ("empty", "others")}
-    places |= {"model": place / "run" / "model.keras", "images": place / "images"}
+    places |= {
+        "run": place / "run",
+        "model": place / "run" / "model.keras",
+        "images": place / "images",
+    }
+    for name, shape in (("net", (16, 16, 3)), ("cnn", (None, None, 3))):
+        places[name] = tmp_path / f"{name}.keras"
+        layers = [keras.Input(shape), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
+        keras.Sequential(layers).save(places[name])
     assert run(*words.format(**places).split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1

@@ -3,11 +3,12 @@
 import io
 import os
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import data, image_files, load_dataset
+from keras_vit import VisionTransformer, data, image_files, load_dataset
 from keras_vit.image_files import ImageError, TooLarge, read_image
 
 
@@ -149,7 +150,7 @@ def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
 def test_an_image_that_would_fill_memory_is_refused_before_it_does(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
     assert path.stat().st_size < 100_000
-    with pytest.raises(TooLarge, match="20000x10000 pixels, at most 100,000,000"):
+    with pytest.raises(TooLarge, match="would unpack to over 89,478,485 pixels"):
         read_image(path)
 
 
@@ -217,7 +218,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     folder = fill(tmp_path / "set", ["a", "b"], 5)
     first = load_dataset(str(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(image_files, "read_image", None)
+        patch.setattr(image_files.Image, "open", None)
         second = load_dataset(str(folder))
         np.testing.assert_array_equal(first.train_images, second.train_images)
     # Until a file changes.
@@ -228,6 +229,38 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert sum(not (image == both[0]).all(axis=(1, 2, 3)).any() for image in both[1]) == 1
 
 
+def test_what_became_readable_is_read(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    path = folder / "a" / "0.png"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(b"?" * len(content))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(data.DatasetError, match="1 of 10 files"):
+        load_dataset(str(folder))
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(load_dataset(str(folder)).train_labels) == 8
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_half_a_cache_is_none(tmp_path, suffix):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    first = load_dataset(str(folder))
+    (gone,) = (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}")
+    gone.unlink()
+    np.testing.assert_array_equal(load_dataset(str(folder)).train_images, first.train_images)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(data.DatasetError, match="No space left on device.*XDG_CACHE_HOME"):
+        load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
+    assert list((tmp_path / "cache" / "keras_vit").iterdir()) == []
+
+
 def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(image_files, "IN_MEMORY", 100)
     dataset = load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
@@ -235,6 +268,17 @@ def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
     batches = data.Batches(dataset.train_images, dataset.train_labels, 4, seed=0)
     images, labels = batches[0]
     assert images.shape == (4, 8, 8, 3) and len(labels) == 4
+    model = VisionTransformer(
+        (8, 8, 3), num_classes=2, embed_dim=8, mlp_dim=8, num_heads=2, depth=1
+    )
+    model.adapt(dataset.train_images)
+    normalization = model.get_layer("normalization")
+    pixels = np.asarray(dataset.train_images).reshape(-1, 3).astype("float64")
+    mean, variance = (
+        keras.ops.convert_to_numpy(getattr(normalization, x)).ravel() for x in ("mean", "variance")
+    )
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance, pixels.var(axis=0), rtol=1e-5)
 
 
 def test_a_few_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
@@ -267,7 +311,7 @@ BROKEN = {
         fill(root / "train", ["a", "b"], 3),
         empty(root / "test" / "a"),
     ),
-    "20000x10000 pixels": lambda root: (
+    "bomb.png would unpack to over 89,478,485 pixels": lambda root: (
         fill(root, ["a", "b"], 5),
         saved(root / "a" / "bomb.png", Image.new("1", (20000, 10000))),
     ),

@@ -1,5 +1,6 @@
 """The report and the attention explorer in a real browser, beside NumPy and the run's files."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -86,7 +87,9 @@ def explorer(small, tmp_path_factory):
 
 def shown(page):
     """The table of numbers, as weights of the patches."""
-    cells = page.evaluate("[...document.querySelectorAll('.numbers td')].map(x => x.textContent)")
+    cells = page.evaluate(
+        "[...document.querySelectorAll('.numbers tr + tr td')].map(x => x.textContent)"
+    )
     return np.array(cells, float) / 100
 
 
@@ -173,6 +176,7 @@ def test_a_patch_is_kept_by_a_click_and_its_weights_read_by_pointing(small, expl
     page.mouse.click(*point_at(page, 1, 2))
     point_at(page, 2, 3)
     assert page.locator("#query").inner_text() == "from row 2, column 3"
+    assert page.locator("#said").text_content() == "from row 2, column 3"
 
 
 def test_the_keyboard_does_what_the_pointer_does(explorer, open_page):
@@ -282,10 +286,15 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, tmp_path):
     after = (again / "report.html").read_text(encoding="utf-8")
     numbers = r"<strong>[^<]*</strong>"
     assert re.findall(numbers, before) == re.findall(numbers, after)
+    # Another report, another checksum.
+    sums = dict(line.split()[::-1] for line in (again / "SHA256SUMS").read_text().splitlines())
+    content = (again / "report.html").read_bytes()
+    assert sums["report.html"] == hashlib.sha256(content).hexdigest()
     assert commands.main(["report", str(again), "--language", "pl"]) == 0
     page = open_page(again / "report.html")
     assert page.locator("html").get_attribute("lang") == "pl"
     assert "Cięcie obrazu na łatki" in page.locator("#patches h2").inner_text()
+    assert re.search(r"\d,\d\d%", page.locator(".headline").inner_text())
     assert "token klasy" in page.locator("#query").inner_text()
 
 

@@ -15,7 +15,7 @@
   // Token 0 is the class token, the others are the patches, row by row.
   const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
   // Two digits are what 8 bits can tell.
-  const digits = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0);
+  const digits = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0).replace(".", texts.decimal);
   const percent = (share) => digits(share) + " %";
   const named = (token) => token === 0 ? texts.class_token
     : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
@@ -87,7 +87,8 @@
     canvas.height = rows;
     const patches = Array.from(values).slice(1);
     // A residual leaves most of a patch's weight with itself, beside which all others look alike.
-    const others = patches.filter((_, index) => index + 1 !== state.query);
+    let others = patches.filter((_, index) => index + 1 !== state.query);
+    if (others.length === 0) others = patches;
     const low = Math.min(...others), high = Math.max(...others);
     const pixels = canvas.getContext("2d").createImageData(columns, rows);
     patches.forEach((value, index) => pixels.data.set(colour(high > low ? Math.min(Math.max((value - low) / (high - low), 0), 1) : 0), 4 * index));
@@ -105,11 +106,10 @@
     document.querySelectorAll(".explorer " + selector).forEach((box) => {
       box.hidden = !token;
       if (!token) return;
-      box.style.left = 100 * ((token - 1) % columns) / columns + "%";
-      box.style.top = 100 * Math.floor((token - 1) / columns) / rows + "%";
+      const top = 100 * Math.floor((token - 1) / columns) / rows, left = 100 * ((token - 1) % columns) / columns;
+      box.style.inset = `${top}% auto auto ${left}%`;
       box.style.width = 100 / columns + "%";
       box.style.height = 100 / rows + "%";
-      box.style.inset = `${box.style.top} auto auto ${box.style.left}`;
     });
   }
 
@@ -134,7 +134,11 @@
     readout.replaceChildren();
     element("strong", readout, data.images[state.image].title);
     element("div", readout, `${texts.from} ${named(state.query)}${state.pinned ? " · " + texts.pinned : ""}`).id = "query";
-    if (state.target !== null) element("div", readout, `${texts.to} ${named(state.target)}: ${percent(values[state.target])}`).id = "target";
+    const said = element("div", readout);
+    said.id = "target";
+    if (state.target !== null) said.textContent = `${texts.to} ${named(state.target)}: ${percent(values[state.target])}`;
+    // One line is read aloud for each move, not the whole list.
+    $("#said").textContent = said.textContent || $("#query").textContent;
     element("div", readout, `${texts.to} ${texts.class_token}: ${percent(values[0])}`).id = "to-class";
     const list = element("ol", readout);
     Array.from(values.keys()).slice(1).sort((a, b) => values[b] - values[a]).slice(0, 5)
@@ -146,8 +150,13 @@
     });
     const table = $(".numbers");
     table.replaceChildren();
+    const heading = (parent, scope, text) => element("th", parent, text).scope = scope;
+    const top = element("tr", table);
+    element("td", top);
+    for (let column = 1; column <= columns; column++) heading(top, "col", `${texts.column} ${column}`);
     for (let row = 0; row < rows; row++) {
       const line = element("tr", table);
+      heading(line, "row", `${texts.row} ${row + 1}`);
       for (let column = 0; column < columns; column++) element("td", line, digits(values[1 + row * columns + column]));
     }
   }
@@ -177,7 +186,7 @@
   $("#block").oninput = (event) => set({ block: Number(event.target.value) });
   $("#residual").onchange = (event) => set({ residual: event.target.checked });
   $("#discard").oninput = (event) => set({ discard: Number(event.target.value) });
-  $("#class-token").onclick = () => set({ query: 0, pinned: false });
+  $("#class-token").onclick = () => set({ query: 0, pinned: false, target: null });
 
   // Pointing chooses where attention comes from; a click or tap keeps it, pointing then reads the weights.
   for (const panel of document.querySelectorAll(".explorer .panel")) {
