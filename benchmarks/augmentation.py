@@ -1,8 +1,9 @@
-"""`RandomResizedCrop` beside what else crops, zooms or resizes each image of a batch by itself.
+"""The layers that vary images, beside what else does the same to a batch.
 
-`python -m benchmarks.augmentation` measures a batch of 128 images of 32x32 and one of 64 of
-224x224, each contestant compiled by `tf.function` (PyTorch eager) in a process of its own, in
-turns. Prints a table and writes it, with a picture, to `benchmarks/results/`.
+`python -m benchmarks.augmentation` measures `RandomResizedCrop` on a batch of 128 images of 32x32
+and on one of 64 of 224x224, and `TrivialAugment` on the former, each contestant compiled by
+`tf.function` (PyTorch eager) in a process of its own, in turns. Prints a table and writes it, with a
+picture, to `benchmarks/results/`.
 """
 
 import argparse
@@ -93,13 +94,32 @@ def pytorch(side):
     return step
 
 
-CONTESTANTS = {
+def trivial_augment(side):
+    from keras_vit import TrivialAugment
+
+    return compiled(side, TrivialAugment())
+
+
+def rand_augment(side):
+    """Keras distorts a whole batch in the same two ways, so that it does less."""
+    import keras
+
+    return compiled(side, keras.layers.RandAugment())
+
+
+CROPS = {
     "ours": ours,
     "keras-aug": keras_aug,
     "stock RandomZoom": random_zoom,
     "stock RandomCrop + Resizing (one box)": random_crop_and_resizing,
     "tf.image.crop_and_resize": crop_and_resize,
     "PyTorch, image by image": pytorch,
+}
+DISTORTIONS = {"ours": trivial_augment, "stock RandAugment (one kind for all)": rand_augment}
+GROUPS = {
+    "128 images of 32x32, cropped": (32, CROPS),
+    "64 images of 224x224, cropped": (224, CROPS),
+    "128 images of 32x32, distorted": (32, DISTORTIONS),
 }
 NEEDS = {"keras-aug": "keras-aug", "PyTorch, image by image": "torch"}
 
@@ -112,15 +132,14 @@ def main():
         parser.error("--rounds must be at least 2")
     rows, measured = [], {}
     on_tensorflow = {"KERAS_BACKEND": "tensorflow", **side_by_side.TUNED}
-    for side, count in SIZES.items():
+    for title, (side, contestants) in GROUPS.items():
         entries = {
             name: (make, (side,), on_tensorflow)
-            for name, make in CONTESTANTS.items()
+            for name, make in contestants.items()
             if name not in NEEDS or side_by_side.version(NEEDS[name])
         }
-        results = side_by_side.measure(entries, options.rounds)
-        measured[side] = results
-        rows += [f"{count} images of {side}x{side}", *table(results), ""]
+        measured[title] = side_by_side.measure(entries, options.rounds)
+        rows += [title, *table(measured[title]), ""]
     print("\n".join(rows))
     packages = ("keras", "tensorflow", "torch", "keras-aug")
     content = {
@@ -159,8 +178,8 @@ def draw(measured, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(measured), figsize=(11, 3), layout="constrained")
-    for axes, (side, results) in zip(panels, measured.items()):
+    figure, panels = pyplot.subplots(1, len(measured), figsize=(16, 3), layout="constrained")
+    for axes, (title, results) in zip(panels, measured.items()):
         times = {
             name: 1e3 * statistics.median(result["seconds"])
             for name, result in results.items()
@@ -171,7 +190,7 @@ def draw(measured, path):
         bars = axes.barh(names, [times[name] for name in names], color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.margins(x=0.15)
-        axes.set(xlabel="milliseconds", title=f"{SIZES[side]} images of {side}x{side}")
+        axes.set(xlabel="milliseconds", title=title)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 

@@ -95,7 +95,9 @@ class Quick(Recipe):
 class Strong(Recipe):
     """A wider model, 9.5 million parameters, and training images that are never the same twice.
 
-    Not run yet: it wants a GPU.
+    Not run yet: it wants a GPU. Its parts are what published recipes for small images share. On
+    10,000 images for 20 epochs, where a small model is far from overfitting, a cosine and no
+    dropout help, and what varies images or labels costs accuracy (`benchmarks/NOTES.md`).
     """
 
     cpu_epochs: typing.ClassVar[int] = 1
