@@ -2,8 +2,8 @@
 
 `python -m benchmarks.augmentation` measures `RandomResizedCrop` on a batch of 128 images of 32x32
 and on one of 64 of 224x224, and `TrivialAugment` on the former, each contestant compiled by
-`tf.function` (PyTorch eager) in a process of its own, in turns. Prints a table and writes it, with a
-picture, to `benchmarks/results/`.
+`tf.function` (PyTorch eager) in a process of its own, in turns. Prints a table and writes it, with
+a picture, to `benchmarks/results/`.
 """
 
 import argparse

@@ -3,10 +3,31 @@
 import importlib
 import pathlib
 import sys
+import typing
+
+if typing.TYPE_CHECKING:  # At run time, `__getattr__` imports what is asked for.
+    from keras_vit.attention import attention_rollout, attention_scores
+    from keras_vit.data import load_dataset
+    from keras_vit.layers import MixUpCutMix, Patches, RandomResizedCrop, TrivialAugment
+    from keras_vit.loading import load_model
+    from keras_vit.losses import LabelSmoothingCrossentropy
+    from keras_vit.model import VisionTransformer
 
 __version__ = "0.1.0"
 
-# Where each public name lives.
+__all__ = [
+    "LabelSmoothingCrossentropy",
+    "MixUpCutMix",
+    "Patches",
+    "RandomResizedCrop",
+    "TrivialAugment",
+    "VisionTransformer",
+    "attention_rollout",
+    "attention_scores",
+    "load_dataset",
+    "load_model",
+]
+# Where each of them lives.
 _HOMES = {
     "LabelSmoothingCrossentropy": "keras_vit.losses",
     "MixUpCutMix": "keras_vit.layers",
@@ -19,7 +40,6 @@ _HOMES = {
     "load_dataset": "keras_vit.data",
     "load_model": "keras_vit.loading",
 }
-__all__ = list(_HOMES)
 
 
 def __getattr__(name):

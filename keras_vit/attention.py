@@ -9,7 +9,7 @@ from keras_vit.arguments import share_below_one
 BATCH_SIZE = 64
 
 
-def attention_scores(model, images):
+def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Attention of every head of every block of a model.
 
     Args:
@@ -45,7 +45,9 @@ def attention_scores(model, images):
     return np.concatenate(outputs).astype("float32")
 
 
-def attention_rollout(scores, head_fusion="mean", discard_ratio=0.0):
+def attention_rollout(
+    scores: np.ndarray, head_fusion: str = "mean", discard_ratio: float = 0.0
+) -> np.ndarray:
     """Follows attention through all blocks (Abnar & Zuidema, 2020).
 
     In each block the heads are fused into one matrix, which is averaged with the identity for the

@@ -78,14 +78,14 @@ class Dataset:
     horizontal_flip: bool
 
     @property
-    def image_shape(self):
+    def image_shape(self) -> tuple[int, int, int]:
         return self.train_images.shape[1:]
 
-    def limit_train(self, count, seed):
+    def limit_train(self, count: int, seed: int) -> "Dataset":
         """The same data with at most `count` training images, each class in proportion."""
         return self._split_train(min(count, len(self.train_labels)), seed, f"train on {count}")[0]
 
-    def hold_out(self, count, seed):
+    def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
         """Sets `count` training images aside, drawn from each class in proportion.
 
         Returns:
@@ -164,7 +164,11 @@ class DeviceBatches(Batches):
         return self._cut(self.images, self.labels, chosen)
 
 
-def load_dataset(source="cifar10", data_dir=None, image_size=None):
+def load_dataset(
+    source: str = "cifar10",
+    data_dir: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Dataset:
     """Loads labelled images for training and testing.
 
     Args:

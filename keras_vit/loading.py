@@ -1,5 +1,6 @@
 """Models out of `.keras` files, which may come from strangers."""
 
+import os
 import pathlib
 import re
 import zipfile
@@ -17,7 +18,7 @@ class ModelError(RuntimeError):
     """A file holds no model, a damaged one, or one that is not safe to load."""
 
 
-def load_model(path):
+def load_model(path: str | os.PathLike) -> keras.Model:
     """Loads a model without running code that its file brings along.
 
     Before Keras reads anything, the archive is checked as a whole: the names and the sizes of its

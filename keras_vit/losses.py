@@ -27,7 +27,7 @@ class LabelSmoothingCrossentropy(keras.losses.Loss):
     >>> model.compile(optimizer="adamw", loss=loss, metrics=["accuracy"])
     """
 
-    def __init__(self, label_smoothing=0.1, **kwargs):
+    def __init__(self, label_smoothing: float = 0.1, **kwargs):
         super().__init__(**kwargs)
         self.label_smoothing = share("label_smoothing", label_smoothing)
 

@@ -1,8 +1,10 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
 import contextlib
+from collections.abc import Sequence
 
 import keras
+import numpy as np
 
 from keras_vit.arguments import positive_integer, shape_of_image, share_below_one
 from keras_vit.execution import can_scan, scanned_train_function
@@ -75,18 +77,18 @@ class VisionTransformer(keras.Model):
 
     def __init__(
         self,
-        image_shape=(32, 32, 3),
-        num_classes=10,
-        patch_size=4,
-        embed_dim=256,
-        mlp_dim=512,
-        num_heads=8,
-        depth=6,
-        dropout=0.2,
-        stochastic_depth=0.0,
-        class_names=None,
-        augmentation=None,
-        dtype=None,
+        image_shape: tuple[int, int, int] = (32, 32, 3),
+        num_classes: int = 10,
+        patch_size: int = 4,
+        embed_dim: int = 256,
+        mlp_dim: int = 512,
+        num_heads: int = 8,
+        depth: int = 6,
+        dropout: float = 0.2,
+        stochastic_depth: float = 0.0,
+        class_names: Sequence[str] | None = None,
+        augmentation: Sequence[keras.layers.Layer] | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
         **kwargs,
     ):
         sizes = {
@@ -154,7 +156,7 @@ class VisionTransformer(keras.Model):
             **sizes,
         }
 
-    def adapt(self, images):
+    def adapt(self, images: np.ndarray) -> None:
         """Learns mean and variance of each channel; call it before `fit`, with training images.
 
         Args:

@@ -51,7 +51,7 @@ class MixUpCutMix(keras.layers.Layer):
     >>> model = keras_vit.VisionTransformer(augmentation=[mix])
     """
 
-    def __init__(self, mixup=0.5, cutmix=0.5, seed=None, **kwargs):
+    def __init__(self, mixup: float = 0.5, cutmix: float = 0.5, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
         if share("mixup", mixup) + share("cutmix", cutmix) > 1:
             raise ValueError(

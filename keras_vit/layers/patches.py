@@ -35,7 +35,7 @@ class Patches(keras.layers.Layer):
     (2, 64, 48)
     """
 
-    def __init__(self, patch_size, **kwargs):
+    def __init__(self, patch_size: int, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = positive_integer("patch_size", patch_size)
 

@@ -70,13 +70,13 @@ class RandomResizedCrop(keras.layers.RandomCrop):
 
     def __init__(
         self,
-        height,
-        width,
-        scale=(0.8, 1.0),
-        ratio=(0.9, 1.1),
-        interpolation="bilinear",
-        seed=None,
-        data_format=None,
+        height: int,
+        width: int,
+        scale: tuple[float, float] = (0.8, 1.0),
+        ratio: tuple[float, float] = (0.9, 1.1),
+        interpolation: str = "bilinear",
+        seed: int | None = None,
+        data_format: str | None = None,
         **kwargs,
     ):
         super().__init__(

@@ -49,7 +49,7 @@ class TrivialAugment(keras.layers.Layer):
     (8, 32, 32, 3)
     """
 
-    def __init__(self, seed=None, **kwargs):
+    def __init__(self, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
         self.input_spec = keras.layers.InputSpec(ndim=4)
         self.seed = seed
