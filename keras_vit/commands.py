@@ -111,14 +111,14 @@ def parse(arguments):
     one.add_argument("run", metavar="RUN", type=pathlib.Path, help="folder of a finished run")
     one.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
     one.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
-    one.add_argument("--language", choices=LANGUAGES, default="en", help="language of the report")
+    one.add_argument("--language", choices=LANGUAGES, help="its language (default: the run's)")
     return parser.parse_args(arguments)
 
 
 def evaluate(options):
     """Prints the numbers of a saved model on a test set; draws its pictures if told where."""
     model = load(options.model)
-    dataset = dataset_for(model, options)
+    dataset = dataset_for(model, options.model, options.dataset, options.data_dir)
     if options.output and (options.output / "config.json").exists():
         raise Failure(f"{options.output} holds a run, whose numbers would be lost")
     probabilities, metrics = cli.evaluate(model, dataset)
@@ -162,7 +162,7 @@ def explain(options):
     """Draws the attention rollout of images; returns 1 if some could not be read."""
     if options.html:
         cli.require("jinja2", "--html")
-    model = vision_transformer(options.model)
+    model = load(options.model)
     from keras_vit import evaluation, figures
     from keras_vit.explorer import MOST_IMAGES
 
@@ -209,13 +209,14 @@ def export(options):
         raise Failure(f"--output of --format {options.format} must end in {suffix}")
     for package in packages:
         cli.require(package, f"--format {options.format}")
-    model = vision_transformer(options.model)
+    model = load(options.model)
     import numpy as np
 
     images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
     source = "256 images of noise"
     if options.dataset:
-        images = dataset_for(model, options).test_images[:256]
+        dataset = dataset_for(model, options.model, options.dataset, options.data_dir)
+        images = dataset.test_images[:256]
         source = f"{len(images)} test images of {options.dataset}"
     with cli.quiet():
         from keras_vit.export import compare, runner, served, write
@@ -246,12 +247,8 @@ def report(options):
     run, recipe = cli.settle(settings)
     if not (options.run / "metrics.json").exists():
         raise Failure(f"{options.run} holds no finished run: metrics.json is missing")
-    options.model, options.dataset, options.data_dir = (
-        options.run / "model.keras",
-        run.dataset,
-        run.data_dir,
-    )
-    model = vision_transformer(options.model)
+    source = options.run / "model.keras"
+    model = load(source)
     from keras_vit import evaluation
     from keras_vit.journal import read_history
     from keras_vit.report import write_report
@@ -259,13 +256,14 @@ def report(options):
     path = options.run / "report.html"
     with cli.saying_where_writing_fails(options.run), tempfile.TemporaryDirectory() as folder:
         try:
-            dataset, _ = cli.training_part(dataset_for(model, options), run)
+            dataset = dataset_for(model, source, run.dataset, run.data_dir)
+            dataset, _ = cli.training_part(dataset, run)
             history = read_history(options.run)
             probabilities = evaluation.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
             cli.draw(model, dataset, recipe, probabilities, history, pictures)
-            facts = options.run, model, dataset, probabilities, pictures, options.language
-            write_report(path, *facts)
+            language = options.language or run.language
+            write_report(path, options.run, model, dataset, probabilities, pictures, language)
         except (KeyError, ValueError) as error:
             raise Failure(f"{options.run} holds no run to report on: {error}") from error
         write_checksums(options.run, cli.CHECKED)
@@ -274,73 +272,57 @@ def report(options):
 
 
 def load(path):
-    """A classifier of images out of a file."""
+    """A model of this package out of a file."""
     with cli.quiet():
         from keras_vit.loading import ModelError, load_model
+        from keras_vit.model import VisionTransformer
     try:
         model = load_model(path)
     except ModelError as error:
         raise Failure(str(error)) from error
-    shape = model.input_shape
-    if (
-        not isinstance(shape, tuple)
-        or len(shape) != 4
-        or None in shape[1:]
-        or shape[-1] not in (1, 3)
-    ):
-        raise Failure(f"{path} holds a model that takes {shape}, not images of 1 or 3 channels")
-    return model
-
-
-def vision_transformer(path):
-    """A model of this package out of a file."""
-    model = load(path)
-    from keras_vit import VisionTransformer
-
     if not isinstance(model, VisionTransformer):
         raise Failure(f"{path} holds a {type(model).__name__}, not a VisionTransformer")
+    if model.input_shape[-1] not in (1, 3):
+        raise Failure(f"{path} takes images of {model.input_shape[-1]} channels, not grey or RGB")
     return model
 
 
 def free_name(folder, path, taken):
     """A path for the picture of an image, which no other image of this call has."""
     stem = f"{pathlib.Path(path).stem}-attention"
-    names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 3))))
+    names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 2))))
     name = next(name for name in names if name not in taken)
     taken.add(name)
     return folder / name
 
 
-def dataset_for(model, options):
-    """The data set that was named, whose images and classes must be such as the model takes."""
+def dataset_for(model, path, name, data_dir):
+    """The data set of a name, with images and classes such as the model of a path takes."""
     from keras_vit import data
 
-    if not options.dataset:
+    if not name:
         raise Failure("--dataset must not be empty")
     # The model knows what it takes; a folder is resized to that.
-    size = model.input_shape[1:3] if data.is_folder(options.dataset) else None
+    size = model.input_shape[1:3] if data.is_folder(name) else None
     try:
-        dataset = data.load_dataset(options.dataset, options.data_dir, size)
+        dataset = data.load_dataset(name, data_dir, size)
     except data.DatasetError as error:
         raise Failure(str(error)) from error
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
-        raise Failure(f"{options.model} takes images of {expected}, {dataset.name} has {found}")
-    names = getattr(model, "class_names", None)
-    if len(dataset.class_names) != model.output_shape[-1] or (
-        names is not None and list(names) != list(dataset.class_names)
-    ):
+        raise Failure(f"{path} takes images of {expected}, {dataset.name} has {found}")
+    count, names = model.output_shape[-1], tuple(dataset.class_names)
+    if len(names) != count or model.class_names not in (None, names):
         raise Failure(
-            f"{options.model} tells apart {', '.join(class_names(model))}, but {dataset.name} "
-            f"{', '.join(dataset.class_names)}"
+            f"{path} tells apart {', '.join(class_names(model))}, but {dataset.name} "
+            f"{', '.join(names)}"
         )
     return dataset
 
 
 def class_names(model):
     """The names that a model carries; numbers where it has none."""
-    names = getattr(model, "class_names", None)
-    return names or tuple(str(label) for label in range(model.output_shape[-1]))
+    return model.class_names or tuple(str(label) for label in range(model.output_shape[-1]))
 
 
 def batches(words, model):

@@ -222,7 +222,8 @@ WRONG = {
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "export {model} --format torch -o x": "invalid choice: 'torch'",
-    "predict {cnn} x.png": "not images of 1 or 3 channels",
+    "predict {deep} x.png": "takes images of 4 channels, not grey or RGB",
+    "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
     "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
     "evaluate {model} --dataset {images} -o {run}": "holds a run, whose numbers would be lost",
@@ -252,10 +253,9 @@ def test_what_is_wrong_is_said_in_one_line(words, place, capsys, monkeypatch, tm
         "model": place / "run" / "model.keras",
         "images": place / "images",
     }
-    for name, shape in (("net", (16, 16, 3)), ("cnn", (None, None, 3))):
-        places[name] = tmp_path / f"{name}.keras"
-        layers = [keras.Input(shape), keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(2)]
-        keras.Sequential(layers).save(places[name])
+    places |= {"net": tmp_path / "net.keras", "deep": tmp_path / "deep.keras"}
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(places["net"])
+    VisionTransformer((8, 8, 4), depth=1, embed_dim=8, num_heads=1).save(places["deep"])
     assert run(*words.format(**places).split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
