@@ -163,8 +163,10 @@ def settle(named, recipe=None):
     if name is None:  # Only the device will tell.
         try:
             return settle(named, RECIPE)
-        except Failure:
-            return settle(named, CPU_RECIPE)
+        except Failure as failure:
+            with contextlib.suppress(Failure):
+                return settle(named, CPU_RECIPE)
+            raise failure from None
     recipe = RECIPES[name]
     values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named, "recipe": name}
     if values["schedule"] != "cosine" and "warmup" not in named:

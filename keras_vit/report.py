@@ -294,7 +294,7 @@ def _source(name):
     line = inspect.getsourcelines(found)[1]
     source = inspect.cleandoc("\n" + inspect.getsource(found))
     html = pygments.highlight(source, PythonLexer(), HtmlFormatter())
-    place = f"keras_vit/{file.relative_to(TEMPLATES.parent).as_posix()}, {line}"
+    place = f"{file.parent.name}/{file.name}, {line}"
     return {"name": name.split(".", 1)[1], "place": place, "source": Markup(html)}
 
 

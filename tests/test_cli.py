@@ -171,7 +171,7 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
     first = tmp_path / "run"
     arguments = ["--dataset=digits", "--validation=50", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
-    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json"}
+    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json", "report.html"}
     assert {path.name for path in first.iterdir()} == {
         *names,
         "metrics.json",

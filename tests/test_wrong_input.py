@@ -41,7 +41,7 @@ COMMAND_LINES = [
     ("--erasing 1.5", "--erasing must be at most 1, but is 1.5"),
     ("--mixup 0.6 --cutmix 0.5", "--mixup 0.6 and --cutmix 0.5 must be 1 at most together"),
     ("--label-smoothing 1", "--label-smoothing must be below 1, but is 1.0"),
-    ("--warmup 0.1", "--warmup 0.1 needs --schedule cosine"),
+    ("--warmup 0.1 --recipe baseline", "--warmup 0.1 needs --schedule cosine"),
     ("--warmup 1 --schedule cosine", "--warmup must be below 1, but is 1.0"),
     ("--schedule linear", "invalid choice: 'linear' (choose from"),
     ("--milestones 0", "--milestones must be over 0, but is 0.0"),
