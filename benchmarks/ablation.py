@@ -13,9 +13,9 @@ import queue
 import subprocess
 import sys
 
-import numpy as np
-
+from benchmarks.results import option_words
 from keras_vit.files import write_json
+from keras_vit.journal import read_history
 from keras_vit.recipes import Baseline
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -72,14 +72,8 @@ def variants(mode):
 
 def flags(fields):
     """Options of `train.py` that give fields the values that they have in the baseline."""
-    words, recipe = [], Baseline()
-    for field in fields:
-        value, flag = getattr(recipe, field), field.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
-    return words
+    recipe = Baseline()
+    return [word for field in fields for word in option_words(field, getattr(recipe, field))]
 
 
 def run(words, folder, cores):
@@ -100,9 +94,7 @@ def run(words, folder, cores):
 
 def accuracy(folder):
     """On the images held out, after the last epoch."""
-    return float(
-        np.genfromtxt(folder / "history.csv", delimiter=",", names=True)["val_accuracy"][-1]
-    )
+    return read_history(folder)["val_accuracy"][-1]
 
 
 def table(found):

@@ -144,13 +144,16 @@ def command(config):
         value = tuple(value) if isinstance(value, list) else value
         if name in IMPLIED or value == default:
             continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            words.append(f"--{flag} {shown}")
+        words += option_words(name, value)
     return " ".join(words)
+
+
+def option_words(name, value):
+    """The words of a command line that give a setting a value."""
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", *map(str, value if isinstance(value, tuple) else [value])]
 
 
 def replaced(text, rows):

@@ -159,7 +159,7 @@ def settle(named, recipe=None):
     Raises:
         Failure: if settings do not go together.
     """
-    name = named.get("recipe") or recipe or _default_recipe(named)
+    name = _default_recipe(named) or recipe
     if name is None:  # Only the device will tell.
         try:
             return settle(named, RECIPE)
@@ -176,7 +176,7 @@ def settle(named, recipe=None):
 
 
 def _default_recipe(named):
-    """The recipe that a data set suits, whatever the device; None for most of them."""
+    """The recipe that the user or the data set decides; None where the device does."""
     return named.get("recipe") or DEFAULT_RECIPES.get(named.get("dataset", Run.dataset))
 
 

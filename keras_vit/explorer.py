@@ -32,21 +32,22 @@ def pack(model, images, titles):
     Raises:
         ValueError: if the attention on a single image takes over 3 MiB.
     """
-    scores = attention_scores(model, images[:1])
-    count = min(BUDGET // scores[0].size, MOST_IMAGES, len(images))
+    height, width = images.shape[1:3]
+    side, config = model.get_layer("patches").patch_size, model.get_config()
+    rows, columns = height // side, width // side
+    size = config["depth"] * config["num_heads"] * (1 + rows * columns) ** 2
+    count = min(BUDGET // size, MOST_IMAGES, len(images))
     if count == 0:
         raise ValueError(
             f"Expected a model with at most {BUDGET:,} attention scores for an image. "
-            f"Received: {scores[0].size:,}"
+            f"Received: {size:,}"
         )
     scores = attention_scores(model, images[:count])
     scales = scores.max(axis=-1)
     levels = np.round(255 * np.sqrt(scores / scales[..., None])).astype("uint8")
     _, blocks, heads, tokens, _ = scores.shape
-    height, width = images.shape[1:3]
-    side = model.get_layer("patches").patch_size
     return {
-        **{"height": height, "width": width, "rows": height // side, "columns": width // side},
+        **{"height": height, "width": width, "rows": rows, "columns": columns},
         **{"blocks": blocks, "heads": heads, "tokens": tokens},
         "images": [
             {"title": title, "source": data_uri(image)}

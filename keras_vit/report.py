@@ -1,6 +1,5 @@
 """Pages that open from disk and ask for nothing: the report of a run, and the explorer alone."""
 
-import csv
 import importlib
 import inspect
 import itertools
@@ -62,7 +61,7 @@ def write_report(path, run_dir, model, dataset, probabilities, pictures, languag
 
     Args:
         path: `Path` of the file.
-        run_dir: `Path` of the run's folder, with `config.json`, `metrics.json` and `history.csv`.
+        run_dir: `Path` of the run's folder, with `config.json` and `metrics.json`.
         model: the trained `VisionTransformer`.
         dataset: the `Dataset` that it was trained and tested on.
         probabilities: array `(N, num_classes)`, the model's answer for each test image.
@@ -199,11 +198,9 @@ def _facts(run_dir, model, dataset, number):
         json.loads((run_dir / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("config", "metrics")
     )
-    with open(run_dir / "history.csv", encoding="utf-8") as lines:
-        epochs = len(list(csv.DictReader(lines)))
     height, width, channels = dataset.image_shape
     side = model.get_layer("patches").patch_size
-    falls = step_schedule(config["learning_rate"], epochs, config["milestones"])[1]
+    falls = step_schedule(config["learning_rate"], metrics["epochs"], config["milestones"])[1]
     normalization = model.get_layer("normalization")
     return {
         "config": config,
