@@ -3,7 +3,7 @@
 import numbers
 
 
-def positive_integer(name, value):
+def positive_integer(name: str, value: int) -> int:
     """`value` as an int.
 
     Raises:
@@ -16,7 +16,7 @@ def positive_integer(name, value):
     return int(value)
 
 
-def shape_of_image(image_shape):
+def shape_of_image(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """`image_shape` as a tuple of three ints.
 
     Raises:
@@ -32,7 +32,7 @@ def shape_of_image(image_shape):
     return height, width, channels
 
 
-def share(name, value):
+def share(name: str, value: float) -> float:
     """`value`, if it is a number in [0, 1].
 
     Raises:
@@ -43,7 +43,7 @@ def share(name, value):
     return value
 
 
-def share_below_one(name, value):
+def share_below_one(name: str, value: float) -> float:
     """`value`, if it is a number in [0, 1).
 
     Raises:

@@ -1,7 +1,7 @@
 """The command `keras-vit`: training, and what a trained model is good for."""
 
-import argparse
 import csv
+import io
 import json
 import pathlib
 import sys
@@ -33,7 +33,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         return cli.main(arguments[1:], prog="keras-vit train")
-    if hasattr(sys.stdout, "reconfigure"):
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # Names of files are any bytes.
     try:
         options = parse(arguments)
@@ -60,15 +60,15 @@ def parse(arguments):
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     commands.add_parser("train", help="train a model; `keras-vit train --help` has the options")
 
-    about_model = argparse.ArgumentParser(add_help=False)
+    about_model = Parser(add_help=False)
     about_model.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
     about_model.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
-    about_data = argparse.ArgumentParser(add_help=False)
+    about_data = Parser(add_help=False)
     about_data.add_argument(
         "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
     )
     about_data.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
-    about_images = argparse.ArgumentParser(add_help=False)
+    about_images = Parser(add_help=False)
     about_images.add_argument(
         "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
     )
@@ -146,7 +146,7 @@ def predict(options):
     for paths, images in batches(options.images, model):
         failed |= None in paths
         paths = [path for path in paths if path is not None]
-        for path, row in zip(paths, evaluation.predict(model, images) if paths else ()):
+        for path, row in zip(paths, evaluation.predict(model, images) if paths else []):
             likeliest = [(names[i], float(row[i])) for i in row.argsort()[::-1][:SHOWN]]
             if options.csv:
                 writer.writerows((path, i, *pair) for i, pair in enumerate(likeliest, start=1))

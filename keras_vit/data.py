@@ -74,7 +74,7 @@ class Dataset:
     train_labels: np.ndarray
     test_images: np.ndarray
     test_labels: np.ndarray
-    class_names: list
+    class_names: list[str]
     horizontal_flip: bool
 
     @property
@@ -213,7 +213,7 @@ def digest(images, labels):
     """A string that differs for different images, labels or orders of them."""
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
     for array in (images, labels):
-        content.update(np.ascontiguousarray(array))
+        content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
 
 
@@ -234,8 +234,8 @@ def _load_digits():
     digits = load_digits()
     scans = np.round(digits.images * (255 / 16)).astype("uint8")
     side = 32, 32
-    images = np.stack([Image.fromarray(x).resize(side, Image.Resampling.BICUBIC) for x in scans])
-    images = np.repeat(images[..., None], 3, axis=-1)
+    images = [Image.fromarray(x).resize(side, Image.Resampling.BICUBIC) for x in scans]
+    images = np.repeat(np.stack([np.asarray(x) for x in images])[..., None], 3, axis=-1)
     names = [str(name) for name in digits.target_names]
     return _split("digits", images, digits.target, names, horizontal_flip=False)
 
@@ -248,7 +248,8 @@ def _load_folder(folder, image_size):
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read: {error.strerror or error}") from error
     name = folder.resolve().name
-    return Dataset(name, *arrays, names, name not in NOT_MIRRORED)
+    mirror = name not in NOT_MIRRORED
+    return Dataset(name, *arrays, class_names=names, horizontal_flip=mirror)
 
 
 def _load_npz(source):
@@ -308,8 +309,8 @@ def _load_tfds(source, data_dir):
     for split in ("test", "validation"):
         test = _read_split(builder, split, image_feature)
         if test is not None:
-            return Dataset(source, *train, *test, names, mirror)
-    return _split(source, *train, names, mirror)
+            return Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
+    return _split(source, *train, class_names=names, horizontal_flip=mirror)
 
 
 def _builder(source, data_dir):

@@ -11,10 +11,10 @@ def accelerators():
     if keras.backend.backend() == "torch":  # Keras lists no devices there.
         import torch
 
-        if not torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        if device is None or not torch.accelerator.is_available():
             return []
-        kind = torch.accelerator.current_accelerator().type
-        return [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
+        return [f"{device.type}:{index}" for index in range(torch.accelerator.device_count())]
     # Asked for GPUs by name, JAX raises where there are none.
     return [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
 

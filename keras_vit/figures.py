@@ -3,12 +3,13 @@
 import pathlib
 import shutil
 import sys
+import typing
 
 import keras
-import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from keras_vit.attention import attention_rollout, attention_scores
 from keras_vit.files import whole
@@ -16,7 +17,7 @@ from keras_vit.layers import Patches
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-STYLE = {
+STYLE: dict[typing.Any, typing.Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,
@@ -111,7 +112,8 @@ def draw_patches(image, patch_size, path, source=None):
     rows = -(-len(patches) // columns)
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(10, 4.6 + 0.72 * rows))
-        top, bottom = figure.subfigures(2, 1, height_ratios=[4.6, 0.72 * rows])
+        parts = figure.subfigures(2, 1, height_ratios=[4.6, 0.72 * rows], squeeze=False)
+        top, bottom = parts.ravel()
         whole, cut = top.subplots(1, 2)
         _show(whole, image)
         whole.set_title(f"image, {height}×{width} pixels")
@@ -192,7 +194,7 @@ def draw_history(history, falls, path, source=None):
             axes[2].set_title("learning rate after the epoch")
         for axis in axes:
             axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.grid(alpha=0.25)
             for fall in falls:
                 # The rate falls between the epoch before and the next one.
@@ -220,7 +222,8 @@ def draw_predictions(images, labels, probabilities, class_names, path, source=No
     kinds = {"right": np.flatnonzero(right), "wrong": np.flatnonzero(~right)}
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(2 * columns, 13))
-        for part, (kind, indices) in zip(figure.subfigures(2, 1, hspace=0.02), kinds.items()):
+        parts = figure.subfigures(2, 1, hspace=0.02, squeeze=False).ravel()
+        for part, (kind, indices) in zip(parts, kinds.items()):
             chosen = random.permutation(indices)[: 2 * columns]
             part.suptitle(
                 f"{kind}: {len(indices):,} of {len(labels):,} test images, "

@@ -81,17 +81,17 @@ class Journal(keras.callbacks.Callback):
             self._last.assign(model)
             self.rows, self.epoch = self._last.rows, self._last.epoch
             self.skipped, self._spent = self._last.batch, self._last.seconds
-            self._write_tables(self.rows)
+            _write_tables(run_dir, self.rows)
 
     def start_epoch(self, epoch):
         """To be called when an epoch, counted from zero, begins, before other callbacks."""
-        if self.skipped:
+        if self._last and self.skipped:
             self._last.assign(self.model)  # The running metrics were reset since.
         self.batches.start_epoch(epoch + 1, self.skipped)
         self._done = self.skipped
-        self._start, self._end = time.perf_counter(), None
+        self._start, self._end = time.perf_counter(), math.inf
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch, logs):
         # The number of the last of several steps at once may be beyond the end.
         before, self._done = self._done, min(self.skipped + batch + 1, self._total)
         self._check(logs)
@@ -108,7 +108,7 @@ class Journal(keras.callbacks.Callback):
     def on_test_begin(self, logs=None):
         self._stop_clock()
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch, logs):
         self._stop_clock()
         seconds = round(self._spent + self._end - self._start, 3)
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
@@ -172,16 +172,11 @@ class Journal(keras.callbacks.Callback):
         self._written.result()  # One at a time.
         checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
         if accelerators():
-            self._written = self._writer.submit(self._write, checkpoint)
+            self._written = self._writer.submit(_write, self.run_dir, checkpoint)
         else:
             # An epoch takes so long there that a tenth of a second is nothing, and copies that live
             # beside the steps cost TensorFlow up to half its speed.
-            self._write(checkpoint)
-
-    def _write(self, checkpoint):
-        checkpoints.save(self.run_dir / "checkpoints", checkpoint)
-        if not checkpoint.batch:
-            self._write_tables(checkpoint.rows)
+            _write(self.run_dir, checkpoint)
 
     def _stop_on_signal(self, batch):
         if self._signals:
@@ -203,18 +198,25 @@ class Journal(keras.callbacks.Callback):
     def _stop_clock(self):
         # A GPU may be steps behind the host: what the last step counted is there once it is done.
         ops.convert_to_numpy(self.model.optimizer.iterations)
-        self._end = self._end or time.perf_counter()
+        self._end = min(self._end, time.perf_counter())
 
-    def _write_tables(self, rows):
-        """Times stand apart: everything in `history.csv` is the same however a run came about."""
-        if not rows:
-            return
-        measured = [key for key in rows[0] if key != "seconds"]
-        for name, columns in (("history.csv", measured), ("timing.csv", TIMING)):
-            with (
-                whole(self.run_dir / name) as path,
-                open(path, "w", newline="", encoding="utf-8") as lines,
-            ):
-                writer = csv.DictWriter(lines, columns, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(rows)
+
+def _write(run_dir, checkpoint):
+    checkpoints.save(run_dir / "checkpoints", checkpoint)
+    if not checkpoint.batch:
+        _write_tables(run_dir, checkpoint.rows)
+
+
+def _write_tables(run_dir, rows):
+    """Times stand apart: everything in `history.csv` is the same however a run came about."""
+    if not rows:
+        return
+    measured = [key for key in rows[0] if key != "seconds"]
+    for name, columns in (("history.csv", measured), ("timing.csv", TIMING)):
+        with (
+            whole(run_dir / name) as path,
+            open(path, "w", newline="", encoding="utf-8") as lines,
+        ):
+            writer = csv.DictWriter(lines, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)

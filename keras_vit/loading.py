@@ -18,7 +18,7 @@ class ModelError(RuntimeError):
     """A file holds no model, a damaged one, or one that is not safe to load."""
 
 
-def load_model(path: str | os.PathLike) -> keras.Model:
+def load_model(path: str | os.PathLike[str]) -> keras.Model:
     """Loads a model without running code that its file brings along.
 
     Before Keras reads anything, the archive is checked as a whole: the names and the sizes of its
@@ -48,12 +48,12 @@ def load_model(path: str | os.PathLike) -> keras.Model:
         raise ModelError(f"{path} holds no model that can be loaded safely: {reason}") from error
 
 
-def check_archive(path, largest=LARGEST):
+def check_archive(path: str | os.PathLike[str], largest: float = LARGEST) -> None:
     """Refuses members that would leave a folder, fill memory, or differ from their checksum.
 
     Args:
         path: `Path` of a `.keras` file.
-        largest: int, bytes that it may unpack to.
+        largest: how many bytes it may unpack to.
 
     Raises:
         ModelError: if the file cannot be read, or holds such a member.

@@ -1,6 +1,7 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
 import contextlib
+import typing
 from collections.abc import Sequence
 
 import keras
@@ -146,12 +147,13 @@ class VisionTransformer(keras.Model):
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
         self._mixing = mixing
-        self.class_names = None if class_names is None else tuple(map(str, class_names))
+        names = None if class_names is None else tuple(map(str, class_names))
+        self.class_names = names
         self._config = {
             "image_shape": image_shape,
             "dropout": dropout,
             "stochastic_depth": stochastic_depth,
-            "class_names": None if class_names is None else list(self.class_names),
+            "class_names": names and list(names),
             "dtype": policy.name,
             **sizes,
         }
@@ -223,7 +225,7 @@ def default_augmentation(image_shape, horizontal_flip=True):
         horizontal_flip: bool; digits and letters must not be mirrored.
     """
     height, width, _ = image_shape
-    like_pixels = {"data_format": "channels_last", "dtype": "float32"}
+    like_pixels: dict[str, typing.Any] = {"data_format": "channels_last", "dtype": "float32"}
     flip = keras.layers.RandomFlip("horizontal", name="random_flip", **like_pixels)
     crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels)
     return [flip, crop] if horizontal_flip else [crop]

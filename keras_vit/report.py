@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import pathlib
+import typing
 
 import jinja2
 import keras
@@ -163,7 +164,7 @@ def _texts(language):
     return json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8"))
 
 
-def _filled(texts, facts):
+def _filled(texts, facts) -> typing.Any:
     """Texts, or dictionaries and lists of them, with the facts put in where they name them."""
     if isinstance(texts, dict):
         return {key: _filled(value, facts) for key, value in texts.items()}
@@ -287,7 +288,7 @@ def _source(name):
     found = importlib.import_module(f"keras_vit.{words[0]}")
     for word in words[1:]:
         found = getattr(found, word)
-    file = pathlib.Path(inspect.getsourcefile(found))
+    file = pathlib.Path(inspect.getfile(found))
     line = inspect.getsourcelines(found)[1]
     source = inspect.cleandoc("\n" + inspect.getsource(found))
     html = pygments.highlight(source, PythonLexer(), HtmlFormatter())

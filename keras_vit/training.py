@@ -179,7 +179,7 @@ def fit(
     if recipe.schedule == "milestones":
         schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
         callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
-    if tensorboard:
+    if tensorboard and run_dir:
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
     settings = {
         "shuffle": False,
