@@ -133,9 +133,16 @@ def test_seeds_are_averaged_and_told_with_their_spread(published, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_a_recipe_without_runs_is_named_as_not_run(published):
-    rows = results.table(results.read())
-    assert any("**baseline**" in row and "not run yet" in row for row in rows)
+def test_a_recipe_without_runs_or_with_shorter_ones_is_named_as_not_run(published):
+    def not_run():
+        rows = results.table(results.read())
+        return [row.split(" | ")[0] for row in rows if "not run yet" in row]
+
+    assert not_run() == ["| **baseline**", "| **strong**", "| **quick**"]
+    results.add(published(0, 0.7, epochs=12))
+    assert "| **baseline**" in not_run()
+    results.add(published(1, 0.8))
+    assert "| **baseline**" not in not_run()
 
 
 def test_the_table_takes_the_place_of_the_one_before():
