@@ -2,12 +2,13 @@
 
 `python -m benchmarks.ablation remove` trains `strong`, and again without each of its parts;
 `add` trains with none of them, with each one alone and with all. Further options go to every run of
-`train.py`, such as smaller sizes. Runs that are finished are not repeated. The table goes to
-`benchmarks/results/ablation-<mode>.json`; the test set has no part in it.
+`train.py`, such as smaller sizes. Runs that are finished with the same options are not repeated.
+The table goes to `benchmarks/results/ablation-<mode>.json`; the test set has no part in it.
 """
 
 import argparse
 import concurrent.futures
+import json
 import pathlib
 import queue
 import subprocess
@@ -78,9 +79,13 @@ def flags(fields):
 
 def run(words, folder, cores):
     """Trains in a process of its own, on the next free core where several train at once."""
+    options = folder.with_suffix(".json")
     if (folder / "metrics.json").exists():
+        if json.loads(options.read_text(encoding="utf-8")) != words:
+            raise SystemExit(f"{folder} holds a run with other options: choose another --output")
         return
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(options, words)
     core = cores.get()
     pinned = ["taskset", "--cpu-list", core] if core else []
     places = ["--output", folder, "--figures-dir", folder / "figures"]

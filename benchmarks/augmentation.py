@@ -143,7 +143,7 @@ def main():
     print("\n".join(rows))
     packages = ("keras", "tensorflow", "torch", "keras-aug")
     content = {
-        "command": "python -m benchmarks.augmentation",
+        "command": side_by_side.command("benchmarks.augmentation"),
         **side_by_side.machine(),
         "packages": {name: side_by_side.version(name) for name in packages},
         "contestants": measured,

@@ -62,14 +62,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     options = parser.parse_args()
-    from keras_vit import load_dataset, load_model
+    from keras_vit import commands
     from keras_vit.evaluation import predict
 
     try:
         config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
-        model = load_model(options.run / "model.keras")
-        dataset = load_dataset(config["dataset"], config.get("data_dir"))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        path = options.run / "model.keras"
+        model = commands.load(path)
+        dataset = commands.dataset_for(model, path, config["dataset"], config.get("data_dir"))
+    except (OSError, ValueError, KeyError, TypeError, commands.Failure) as error:
         parser.error(f"{options.run} is not the folder of a finished run: {error}")
 
     images, labels = dataset.test_images, dataset.test_labels

@@ -50,7 +50,7 @@ def main():
         return
     packages = ("keras", "jax", "torch")
     content = {
-        "command": "python -m benchmarks.gpu",
+        "command": side_by_side.command("benchmarks.gpu"),
         **side_by_side.machine(),
         "gpu": device,
         "packages": {name: side_by_side.version(name) for name in packages},

@@ -66,13 +66,16 @@ def add(run_dir):
         raise ValueError(f"the table is about cifar10, not {metrics['dataset']}")
     if "corruptions" in run and run["corruptions"]["clean"] != metrics["accuracy"]:
         raise ValueError("its corruptions.json is about another model: measure it again")
-    table({config["recipe"]: [run]})  # Raises what a later one would, before anything is written.
     folder = RESULTS / config["recipe"] / f"seed-{config['seed']}"
+    others = [run_of(path) for path in folder.parent.glob("seed-*") if path != folder]
+    # Raises what a later one would, before anything is written.
+    table({config["recipe"]: [*others, run]})
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in config.items() if name not in PLACES}
     # An `.npz` file is named by where it lay.
     write_json(folder / "config.json", {**config, "dataset": metrics["dataset"]})
     for name in ("metrics.json", "history.csv", "corruptions.json"):
+        (folder / name).unlink(missing_ok=True)  # Of another run with this seed.
         if (run_dir / name).exists():
             shutil.copy(run_dir / name, folder)
     return folder
@@ -102,7 +105,10 @@ def table(runs):
     """Lines of Markdown: what each recipe reached, and what others published."""
     rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for recipe, seeds in runs.items():
-        first, metrics = seeds[0], [run["metrics"] for run in seeds]
+        metrics = [run["metrics"] for run in seeds]
+        commands = {command(run["config"]) for run in seeds}
+        if len(commands) > 1:
+            raise ValueError(f"seeds of one recipe differ in settings: {'; '.join(commands)}")
         corrupted = [run["corruptions"]["mean"] for run in seeds if "corruptions" in run]
         minutes = statistics.mean(x["training_seconds"] for x in metrics) / 60
         cells = (
@@ -114,7 +120,7 @@ def table(runs):
             spread([x["calibration_error"] for x in metrics]),
             f"{minutes:.0f}",
             f"{metrics[0]['device']}, {metrics[0]['backend']}",
-            f"`{command(first['config'])}`",
+            f"`{commands.pop()}`",
         )
         rows.append(f"| {' | '.join(cells)} |")
     for recipe in RECIPES:

@@ -86,7 +86,7 @@ def main():
 
     tables = [line for sweep, rows in sweeps.items() for line in (*table(sweep, rows), "")]
     content = {
-        "command": "python -m benchmarks.scaling",
+        "command": side_by_side.command("benchmarks.scaling"),
         **side_by_side.machine(),
         "packages": {name: side_by_side.version(name) for name in ("keras", "tensorflow")},
         "rounds": options.rounds,

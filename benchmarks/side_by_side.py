@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 import resource
+import shlex
 import statistics
 import sys
 import time
@@ -123,6 +124,11 @@ def machine():
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }
+
+
+def command(module):
+    """The command line of a benchmark as it was typed."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def version(package):

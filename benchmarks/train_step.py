@@ -34,8 +34,7 @@ def main():
     print("\n".join(rows))
     packages = ("keras", "keras-hub", *BACKENDS)
     content = {
-        "command": "python -m benchmarks.train_step"
-        + (" --mixed-precision" if options.mixed_precision else ""),
+        "command": side_by_side.command("benchmarks.train_step"),
         **side_by_side.machine(),
         "packages": {name: version for name in packages if (version := side_by_side.version(name))},
         "dtype": dtype,
@@ -45,7 +44,9 @@ def main():
         "contestants": results,
         "table": rows,
     }
-    name = f"train_step_{dtype}"
+    name = f"train_step_{dtype}" + ("_compiled" if options.compiled else "")
+    if options.batch_size != parser.get_default("batch_size"):
+        name += f"_batch_{options.batch_size}"
     path = side_by_side.write(name, content)
     draw(results, options.batch_size, dtype, path.with_suffix(".png"))
     print(f"\nWritten to {path} and {path.with_suffix('.png')}")

@@ -49,9 +49,10 @@ def test_a_finished_run_is_not_repeated_and_a_failed_one_frees_its_core(tmp_path
         ablation.run(["--seed", "1"], tmp_path / "first", free)
     assert free.qsize() == 1
     assert started[0][1:4] == [ablation.ROOT / "train.py", "--seed", "1"]
-    (tmp_path / "second").mkdir()
-    (tmp_path / "second" / "metrics.json").write_text("{}")
-    ablation.run([], tmp_path / "second", free)
+    (tmp_path / "first" / "metrics.json").write_text("{}")
+    ablation.run(["--seed", "1"], tmp_path / "first", free)
+    with pytest.raises(SystemExit, match="other options"):
+        ablation.run(["--seed", "2"], tmp_path / "first", free)
     assert len(started) == 1
 
 

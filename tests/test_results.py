@@ -133,6 +133,21 @@ def test_seeds_are_averaged_and_told_with_their_spread(published, tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_a_seed_that_is_run_again_takes_nothing_over_from_before(published):
+    run = published(0, 0.8)
+    (run / "corruptions.json").write_text('{"clean": 0.8, "mean": 0.4}')
+    results.add(run)
+    (run / "corruptions.json").unlink()
+    assert not (results.add(run) / "corruptions.json").exists()
+
+
+def test_seeds_with_other_settings_are_not_averaged(published):
+    results.add(published(0, 0.8))
+    with pytest.raises(ValueError, match="differ in settings"):
+        results.add(published(1, 0.7, epochs=12))
+    assert not (results.RESULTS / "baseline" / "seed-1").exists()
+
+
 def test_a_recipe_without_runs_or_with_shorter_ones_is_named_as_not_run(published):
     def not_run():
         rows = results.table(results.read())
@@ -141,7 +156,9 @@ def test_a_recipe_without_runs_or_with_shorter_ones_is_named_as_not_run(publishe
     assert not_run() == ["| **baseline**", "| **strong**", "| **quick**"]
     results.add(published(0, 0.7, epochs=12))
     assert "| **baseline**" in not_run()
-    results.add(published(1, 0.8))
+    (results.RESULTS / "baseline" / "seed-0" / "config.json").write_text(
+        '{"recipe": "baseline", "epochs": 160}'
+    )
     assert "| **baseline**" not in not_run()
 
 
