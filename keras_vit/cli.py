@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import platform
-import shutil
 import sys
 import tempfile
 import time
@@ -76,7 +75,9 @@ class Run:
     output: str | None = option(
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
-    figures_dir: str = option("figures", "folder of the pictures")
+    figures_dir: str | None = option(
+        None, "folder of the pictures (default: figures; of keras-vit, inside the run's folder)"
+    )
     language: str = option("en", "language of the report", choices=LANGUAGES)
     overwrite: bool = option(False, "start over in a folder that holds a run")
     save_every: int | None = option(
@@ -98,15 +99,16 @@ class Parser(argparse.ArgumentParser):
         raise Failure(message)
 
 
-def main(arguments=None, prog="train.py"):
+def main(arguments=None, prog="train.py", figures_dir: str | None = "figures"):
     """Runs the command line and returns its exit status.
 
     Args:
         arguments: list of strings; by default the process's own.
         prog: string, what the user typed before them.
+        figures_dir: string, where pictures go if nobody says; None for the run's folder.
     """
     try:
-        return run(parse(arguments, prog))
+        return run(parse(arguments, prog), figures_dir)
     except (Busy, Failure) as failure:
         print("error:", " ".join(str(failure).split()), file=sys.stderr)
         return getattr(failure, "status", 2)
@@ -139,7 +141,12 @@ def parse(arguments=None, prog="train.py"):
     if named.get("config") == "":
         raise Failure("--config must not be empty")
     if "config" in named:
-        named = {**_read_config(named.pop("config"), fields), **named}
+        from_file = _read_config(named.pop("config"), fields)
+        if "recipe" in named:  # Which then decides what the file says of another one.
+            from_file = {name: from_file[name] for name in from_file if hasattr(Run, name)}
+        if named.get("schedule", "cosine") != "cosine":
+            from_file.pop("warmup", None)
+        named = {**from_file, **named}
     for name, value in named.items():
         _check(fields[name], value)
     settle(named)
@@ -180,11 +187,12 @@ def _default_recipe(named):
     return named.get("recipe") or DEFAULT_RECIPES.get(named.get("dataset", Run.dataset))
 
 
-def run(named):
+def run(named, figures_dir: str | None = "figures"):
     """Trains, evaluates and draws; returns the exit status.
 
     Args:
         named: dictionary of the settings that the user named, as `parse` returns it.
+        figures_dir: string, where pictures go if they name no place; None for the run's folder.
     """
     options, recipe = settle(named)
     undecided = _default_recipe(named) is None
@@ -194,7 +202,9 @@ def run(named):
         require("tensorboard", "--tensorboard")
     if options.output or not undecided:
         _run_dir(options)
-    figures_dir = _writable(options.figures_dir, "--figures-dir")
+    figures_dir = options.figures_dir or figures_dir
+    if figures_dir:
+        _writable(figures_dir, "--figures-dir")
     # The rest of the package imports Keras, whose backend is settled only now.
     with quiet():
         import keras
@@ -219,6 +229,7 @@ def run(named):
         if options.recipe == CPU_RECIPE:
             print(f"No GPU found: recipe {CPU_RECIPE} (--recipe {RECIPE} is the larger model).")
     run_dir = _run_dir(options)
+    pictures = pathlib.Path(figures_dir) if figures_dir else run_dir / "figures"
     if "epochs" not in named and not devices.accelerators() and recipe.epochs != recipe.cpu_epochs:
         recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
         print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
@@ -236,7 +247,7 @@ def run(named):
         raise Failure(str(error)) from error
 
     with saying_where_writing_fails(run_dir), contextlib.ExitStack() as stack:
-        for folder in (run_dir, figures_dir):
+        for folder in (run_dir, pictures):
             folder.mkdir(parents=True, exist_ok=True)
         stack.enter_context(locked(run_dir))
         _run_dir(options)  # Another process may have finished there since.
@@ -257,12 +268,12 @@ def run(named):
         seconds = {"wall_seconds": round(time.perf_counter() - start, 1)}
         # Before the pictures, whose failure must not cost the numbers.
         write_json(run_dir / "metrics.json", {**run_facts, **metrics, **seconds})
-        draw(model, dataset, recipe, probabilities, history, figures_dir)
-        write_report(run_dir, model, dataset, probabilities, figures_dir, options.language)
+        draw(model, dataset, recipe, probabilities, history, pictures)
+        write_report(run_dir, model, dataset, probabilities, pictures, options.language)
         write_checksums(run_dir, CHECKED)
         # Without a checkpoint the run counts as finished.
-        shutil.rmtree(run_dir / CHECKPOINTS)
-    print(f"Model, numbers and report: {run_dir}. Pictures: {options.figures_dir}.")
+        _remove_checkpoints(run_dir)
+    print(f"Model, numbers and report: {run_dir}. Pictures: {pictures}.")
     return 0
 
 
@@ -316,10 +327,17 @@ def _start_or_continue(run_dir, settings, overwrite):
     from keras_vit.loading import ModelError, check_archive
 
     path = run_dir / "config.json"
+    if not (overwrite or (path.exists() and "recipe" in _settings_of(path))):
+        others = (*CHECKED, CHECKSUMS, CHECKPOINTS)
+        if found := [name for name in others if (run_dir / name).exists()]:
+            raise Failure(
+                f"{run_dir} holds {', '.join(found)}, but not the settings of a run: choose "
+                "another folder with --output, or allow these to be replaced with --overwrite"
+            )
     for folder in (run_dir, run_dir / CHECKPOINTS):
         for part in folder.glob(PARTS):  # What a killed process was writing.
             part.unlink()
-    if not overwrite and _has_checkpoint(run_dir) and path.exists():
+    if not overwrite and _has_checkpoint(run_dir):
         before, now = _settings_of(path), _plain(settings)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
@@ -347,8 +365,7 @@ def _start_or_continue(run_dir, settings, overwrite):
         # What an earlier run saved as `model.keras` stays until this one has a model of its own.
         for name in (*OF_A_RUN, CHECKSUMS):
             (run_dir / name).unlink(missing_ok=True)
-        if (run_dir / CHECKPOINTS).exists():
-            shutil.rmtree(run_dir / CHECKPOINTS)
+        _remove_checkpoints(run_dir)
     write_json(path, settings)
 
 
@@ -450,10 +467,11 @@ def choose_backend(backend):
     """Settles what Keras computes with, before anything imports Keras."""
     if backend is not None:
         os.environ["KERAS_BACKEND"] = backend
-    backend = os.environ.get("KERAS_BACKEND") or "tensorflow"
-    if backend not in BACKENDS:
-        raise Failure(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}, not {backend!r}")
-    require(backend, f"backend {backend!r}")
+    backend = os.environ.get("KERAS_BACKEND")
+    if backend:
+        if backend not in BACKENDS:
+            raise Failure(f"KERAS_BACKEND must be one of {', '.join(BACKENDS)}, not {backend!r}")
+        require(backend, f"backend {backend!r}")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if platform.machine() in ("x86_64", "AMD64"):
         # TensorFlow's default leaves Intel's kernels off on some AMD processors, twice as slow.
@@ -474,6 +492,11 @@ def quiet():
         os.dup2(held.fileno(), 2)
         try:
             yield
+        except ModuleNotFoundError as error:  # Of the backend that Keras's own settings choose.
+            raise Failure(
+                f"package {error.name} is missing: try `pip install {error.name}`, or another "
+                "--backend"
+            ) from error
         except BaseException:
             held.seek(0)
             os.write(stderr, held.read())
@@ -621,6 +644,14 @@ def _read_config(path, fields):
 
 def _has_checkpoint(folder):
     return any((folder / CHECKPOINTS).glob("*.checkpoint"))
+
+
+def _remove_checkpoints(folder):
+    """Removes a run's checkpoints, and their folder unless somebody has put other files there."""
+    for path in (folder / CHECKPOINTS).glob("*.checkpoint"):
+        path.unlink()
+    with contextlib.suppress(OSError):
+        (folder / CHECKPOINTS).rmdir()
 
 
 def _settings_of(path):

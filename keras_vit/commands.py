@@ -32,7 +32,7 @@ def main(arguments=None):
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
-        return cli.main(arguments[1:], prog="keras-vit train")
+        return cli.main(arguments[1:], prog="keras-vit train", figures_dir=None)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # Names of files are any bytes.
     try:
@@ -362,6 +362,6 @@ def listed(words):
         if word == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         elif is_folder(word):
-            yield from map(str, visible(pathlib.Path(word)))
+            yield from map(str, visible(pathlib.Path(word).expanduser()))
         else:
             yield word

@@ -275,6 +275,8 @@ def _load_npz(source):
             f"{source} has training labels up to {classes - 1} and test labels up to "
             f"{test_labels.max()}, expected them to name two or more of {len(names)} classes"
         )
+    if len(set(names)) < len(names):
+        raise DatasetError(f"{source} has a class name twice: {', '.join(names)}")
     mirror = path.stem not in NOT_MIRRORED
     return Dataset(path.stem, train_images, train_labels, test_images, test_labels, names, mirror)
 
@@ -314,8 +316,13 @@ def _load_tfds(source, data_dir):
 
 
 def _builder(source, data_dir):
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise DatasetError(
+            f"{source!r} is no folder of images, and sets of TensorFlow Datasets need packages "
+            f"that are missing ({_first_line(error)}): try `pip install tensorflow-datasets`"
+        ) from error
     try:
         return tfds.builder(source, data_dir=data_dir)
     except Exception as error:

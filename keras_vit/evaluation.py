@@ -35,26 +35,22 @@ def classification_metrics(probabilities, labels, class_names):
     """
     classes = range(len(class_names))
     predicted = probabilities.argmax(axis=1)
-    table = metrics.classification_report(
-        labels,
-        predicted,
-        labels=classes,
-        target_names=class_names,
-        output_dict=True,
-        zero_division=0,
+    columns = metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
     )
+    rows = zip(class_names, *columns)
     return {
         "accuracy": float(metrics.accuracy_score(labels, predicted)),
         "loss": float(metrics.log_loss(labels, probabilities, labels=classes)),
         "calibration_error": calibration_error(probabilities, labels),
         "per_class": {
             name: {
-                "precision": table[name]["precision"],
-                "recall": table[name]["recall"],
-                "f1_score": table[name]["f1-score"],
-                "images": int(table[name]["support"]),
+                "precision": float(precision),
+                "recall": float(recall),
+                "f1_score": float(f1_score),
+                "images": int(images),
             }
-            for name in class_names
+            for name, precision, recall, f1_score, images in rows
         },
     }
 

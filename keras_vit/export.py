@@ -25,7 +25,7 @@ def served(model):
         A `keras.Model` from float32 `(B, H, W, C)`, 0 to 255, to `(B, num_classes)`; each row
         sums to one.
     """
-    bare = type(model).from_config({**model.get_config(), "augmentation": []})
+    bare = type(model).from_config({**model.get_config(), "augmentation": [], "frozen": []})
     for layer in bare.layers:
         layer.set_weights(model.get_layer(layer.name).get_weights())
         if getattr(layer, "activation", None) is gelu:

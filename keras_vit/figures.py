@@ -28,6 +28,7 @@ STYLE: dict[typing.Any, typing.Any] = {
     "image.interpolation": "nearest",
     "legend.frameon": False,
     "savefig.dpi": 150,
+    "text.parse_math": False,  # A class may be called `$`.
 }
 SEED = 0
 MOST_PATCHES = 128
@@ -160,6 +161,7 @@ def draw_model(model, path):
                 dot = keras.utils.model_to_dot(drawing, **look)
                 pygraphviz.AGraph(dot.to_string()).draw(str(part), prog="dot")
     except Exception as error:
+        pathlib.Path(path).unlink(missing_ok=True)  # Of another model.
         print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
 
 

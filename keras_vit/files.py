@@ -71,7 +71,9 @@ def visible(folder):
 def write_json(path, content):
     """Writes a dictionary as indented JSON."""
     with whole(path) as part:
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        # Names of files are any bytes.
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_checksums(folder, names):

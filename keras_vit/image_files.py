@@ -103,7 +103,10 @@ def read_folder(folder, image_size=None, test_share=0.2, seed=0):
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     images, unreadable = _decoded(folder, files, size)
     if unreadable:
-        lines = [f"{path.relative_to(folder)}: {reason}" for path, reason in unreadable.items()]
+        lines = [
+            f"{os.fsencode(path.relative_to(folder)).decode(errors='backslashreplace')}: {reason}"
+            for path, reason in unreadable.items()
+        ]
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         if len(unreadable) >= MOST_UNREADABLE * len(files):
             raise ImageError(
@@ -137,6 +140,8 @@ def _listed(folder, test_share, seed):
     if len(names) < 2:
         raise ImageError(f"{tops['train']} has images of one class only, {names[0]!r}")
     for name, files in by_class.items():
+        if not _is_text(name):
+            raise ImageError(f"class {name!r} in {tops['train']} has a name that is not UTF-8")
         if not files:
             raise ImageError(f"class {name!r} in {tops['train']} has no images")
     train = [(file, label) for label, name in enumerate(names) for file in by_class[name]]
@@ -168,6 +173,14 @@ def _set_aside(folder, labelled, share, seed):
             f"{folder} has too few images of some class to set some aside for testing"
         ) from error
     return sorted(train, key=lambda pair: pair[0]), sorted(test, key=lambda pair: pair[0])
+
+
+def _is_text(name):
+    """Whether the name of a file can be written as UTF-8, and not as bytes only."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _sub_folders(folder):
@@ -207,8 +220,11 @@ def _size_of(path):
 
 def _opened(path):
     """A Pillow image whose pixels are not unpacked yet, if it is not too large for that."""
+    Image.init()
+    # For EPS, Pillow would start Ghostscript on a file that may come from a stranger.
+    formats = [name for name in Image.OPEN if name != "EPS"]
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=formats)
         width, height = image.size
         if width * height <= MOST_PIXELS:
             return image
@@ -256,7 +272,7 @@ def _decoded(folder, files, size):
             with whole(array) as part:
                 unreadable = _decode(files, size or _common_size(files), part)
             write_json(notes, {str(path.relative_to(folder)): x for path, x in unreadable.items()})
-        reasons = json.loads(notes.read_text(encoding="utf-8"))
+        reasons = json.loads(notes.read_text(encoding="utf-8", errors="surrogateescape"))
         unreadable = {folder / path: reason for path, reason in reasons.items()}
         images = np.load(array, mmap_mode="r")
         images = images[: len(files) - len(unreadable)]

@@ -275,6 +275,11 @@ def _tables(texts, facts):
             "learning_rate": number(f"{config['learning_rate']:g}"),
             "schedule": texts[config["schedule"]],
             "weight_decay": number(f"{config['weight_decay']:g}"),
+            **{
+                name: number(f"{config[name]:.0%}")
+                for name in ("warmup", "label_smoothing", "stochastic_depth")
+                if config.get(name)
+            },
             "batch_size": config["batch_size"],
             "seconds": f"{minutes} min {seconds} s",
             "versions": ", ".join(f"{name} {x}" for name, x in metrics["versions"].items()),

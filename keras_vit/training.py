@@ -117,7 +117,8 @@ def augmentation(dataset, recipe):
     """
     layers = []
     if recipe.augmentation:
-        layers += default_augmentation(dataset.image_shape, dataset.horizontal_flip)
+        mirror = dataset.horizontal_flip and recipe.horizontal_flip
+        layers += default_augmentation(dataset.image_shape, mirror)
     if recipe.trivial_augment:
         layers.append(TrivialAugment(dtype="float32", name="trivial_augment"))
     if recipe.erasing:

@@ -56,6 +56,12 @@ def test_a_backend_that_is_not_installed_says_what_to_install(capsys, monkeypatc
     assert "pip install jax" in capsys.readouterr().err
 
 
+def test_a_backend_of_keras_s_own_choice_that_is_missing_is_one_line():
+    wanted = "pip install tensorflow`, or another --backend"
+    with pytest.raises(cli.Failure, match=wanted), cli.quiet():
+        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+
 def test_tensorboard_that_is_not_installed_says_what_to_install(capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: name != "tensorboard" or None)
     assert cli.main(["--tensorboard"]) == 2
@@ -96,6 +102,15 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     assert (recipe.epochs, run.seed, recipe.milestones, run.limit_train) == (7, 5, (0.5,), None)
     assert recipe.batch_size == RECIPES["baseline"]().batch_size
     assert set(named) == {"epochs", "seed", "milestones", "limit_train"}
+
+
+def test_a_recipe_wins_over_that_of_the_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"recipe": "quick", "embed_dim": 96, "warmup": 0.1, "seed": 5}')
+    run, recipe = cli.settle(cli.parse(["--config", str(path), "--recipe", "strong"]))
+    assert (run.recipe, run.seed, recipe) == ("strong", 5, RECIPES["strong"]())
+    _, recipe = cli.settle(cli.parse(["--config", str(path), "--schedule", "milestones"]))
+    assert (recipe.embed_dim, recipe.schedule, recipe.warmup) == (96, "milestones", 0)
 
 
 def test_the_digits_have_a_recipe_of_their_own():
@@ -225,11 +240,39 @@ def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
     assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"checkpoints/epoch-1.ckpt": "of another project"},
+        {"config.json": '{"model_type": "bert"}', "model.keras": "of another project"},
+        {"checkpoints/step-000001-00000000.checkpoint": "of ours", "history.csv": "of ours"},
+    ],
+)
+def test_what_no_run_can_go_on_with_is_left_alone(others, capsys, tmp_path):
+    for name, content in others.items():
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).write_text(content)
+    assert train("--dataset=digits", folder=tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "holds " in error and "--overwrite" in error
+    for name, content in others.items():
+        assert (tmp_path / "run" / name).read_text() == content
+
+
+def test_overwriting_leaves_the_checkpoints_of_others(monkeypatch, tmp_path):
+    place = tmp_path / "run" / "checkpoints" / "epoch-1.ckpt"
+    place.parent.mkdir(parents=True)
+    place.write_text("of another project")
+    assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 0
+    assert [path.name for path in place.parent.iterdir()] == ["epoch-1.ckpt"]
+
+
 def test_a_run_that_ends_at_once_leaves_the_model_of_an_interrupted_one(monkeypatch, tmp_path):
     def killed(*_):
         raise KeyboardInterrupt
 
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"recipe": "digits"}')
     (tmp_path / "run" / "model.keras").write_text("learned before")
     monkeypatch.setattr(training, "fit", killed)
     assert train("--dataset=digits", folder=tmp_path) == 130

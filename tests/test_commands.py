@@ -196,6 +196,31 @@ def test_what_is_exported_takes_pixels_and_gives_probabilities(place):
     assert not names & {"RandomFlip", "RandomResizedCrop"}
 
 
+def test_a_frozen_model_is_exported_as_well(place):
+    from keras_vit.export import served
+
+    model = load_model(place / "run" / "model.keras")
+    model.trainable = False
+    images = np.zeros((1, 16, 16, 3))
+    assert served(model).predict(images, verbose=0).sum() == pytest.approx(1)
+
+
+def test_pictures_of_a_run_stay_in_its_folder_and_show_any_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for name in ("$_$", "accuracy"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(5):
+            image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
+            image.save(tmp_path / "images" / name / f"{index}.png")
+    words = ["--dataset=images", "--image-size=8", "--no-horizontal-flip", "--output=run"]
+    assert run("train", *TINY, *words) == 0
+    assert len(list((tmp_path / "run" / "figures").glob("*.png"))) == 7
+    assert not (tmp_path / "figures").exists()
+    layers = load_model("run/model.keras").augmentation
+    assert [type(layer).__name__ for layer in layers] == ["RandomResizedCrop"]
+
+
 def test_an_export_that_answers_otherwise_is_an_error(place, capsys, monkeypatch, tmp_path):
     from keras_vit import export
 

@@ -1,3 +1,5 @@
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -128,6 +130,12 @@ def test_a_set_too_small_to_split_is_refused(tmp_path):
     prepare(tmp_path, "KerasVitTwo", {"train": [0, 1]})
     with pytest.raises(DatasetError, match="keras_vit_two has too few images"):
         load_dataset("keras_vit_two", tmp_path)
+
+
+def test_a_set_is_missing_where_the_package_that_reads_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DatasetError, match="pip install tensorflow-datasets"):
+        load_dataset("cifar10")
 
 
 def test_a_set_that_cannot_be_downloaded_says_how_to_supply_it(monkeypatch, tmp_path):
@@ -262,6 +270,7 @@ def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_
         ({"y_train": np.zeros(6, int)}, "two or more"),
         ({"y_test": np.array([0, 1, 7])}, "up to 7"),
         ({"class_names": np.array(["one", "two"])}, "2 classes"),
+        ({"class_names": np.array(["one", "two", "one"])}, "a class name twice"),
         ({"y_train": np.array([None] * 6)}, "does not hold"),
     ],
 )

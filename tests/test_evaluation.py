@@ -40,6 +40,12 @@ def test_metrics_agree_with_counting_by_hand():
     assert metrics["per_class"]["dog"]["precision"] == pytest.approx(2 / 3)
 
 
+def test_classes_may_be_called_like_a_line_of_the_table():
+    metrics = classification_metrics(PROBABILITIES, LABELS, ["accuracy", "macro avg"])
+    assert metrics["per_class"]["accuracy"]["recall"] == 0.5
+    assert metrics["per_class"]["macro avg"]["images"] == 2
+
+
 def test_images_of_one_bin_are_averaged_before_they_count_as_error():
     probabilities = np.repeat([[0.75, 0.25]], 40, axis=0)
     labels = np.arange(40) % 4 == 0  # Three of four are right, as confident as they are right.

@@ -147,6 +147,13 @@ def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
                     assert str(error)
 
 
+def test_no_file_starts_ghostscript(tmp_path):
+    path = saved(tmp_path / "image.eps", picture()).rename(tmp_path / "image.jpg")
+    assert path.read_bytes().startswith(b"%!PS")
+    with pytest.raises(ImageError, match="cannot identify"):
+        read_image(path)
+
+
 def test_an_image_that_would_fill_memory_is_refused_before_it_does(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
     assert path.stat().st_size < 100_000
@@ -289,8 +296,12 @@ def test_a_few_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys
     assert "left out b/broken.png: cannot identify image file" in capsys.readouterr().err
     load_dataset(str(folder))  # Out of the cache.
     assert "left out b/broken.png" in capsys.readouterr().err
+    (folder / "b" / "broken.png").rename(folder / "b" / os.fsdecode(b"br\xf6ken.png"))
+    for _ in "decoded", "out of the cache":
+        load_dataset(str(folder))
+        assert "left out b/br" in capsys.readouterr().err
     (folder / "a" / "list.txt").write_text("no image")
-    with pytest.raises(data.DatasetError, match=r"2 of 122 files in .*b/broken.png"):
+    with pytest.raises(data.DatasetError, match="2 of 122 files in .*b/br"):
         load_dataset(str(folder))
 
 
@@ -302,6 +313,7 @@ BROKEN = {
     "no images in sub-folders": lambda root: empty(root),
     "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
     "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
+    "has a name that is not UTF-8": lambda root: fill(root, ["a", os.fsdecode(b"caf\xe9")], 5),
     "too few images of some class": lambda root: (fill(root, ["a"], 5), fill(root, ["b"], 1)),
     "class 'c' in .*test is none of .*train": lambda root: (
         fill(root / "train", ["a", "b"], 3),
