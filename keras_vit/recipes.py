@@ -67,7 +67,8 @@ class Recipe:
 class Baseline(Recipe):
     """A small Vision Transformer, 3.2 million parameters, trained as tutorials do.
 
-    Its 160 epochs have not been run yet; 10 of them reached 69.9 %, one seed, on two CPU cores.
+    Its 160 epochs have not been run yet. `--epochs 12` reached 70.7 % on CIFAR-10, one seed, in two
+    hours on two cores of an AMD EPYC.
     AdamW at 3e-4, divided by ten after 100 and after 150 of 160 epochs; flip and mild crop.
     """
 
