@@ -190,7 +190,8 @@ def draw(measured, path):
         bars = axes.barh(names, [times[name] for name in names], color=colors)
         axes.bar_label(bars, fmt="%.1f", padding=3)
         axes.margins(x=0.15)
-        axes.set(xlabel="milliseconds", title=title)
+        axes.set(xlabel="milliseconds")
+        axes.set_title(title, loc="right")
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
 
