@@ -142,7 +142,7 @@ def parse(arguments=None, prog="train.py"):
         raise Failure("--config must not be empty")
     if "config" in named:
         from_file = _read_config(named.pop("config"), fields)
-        if "recipe" in named:  # Which then decides what the file says of another one.
+        if "recipe" in named:  # The settings of the file's own recipe give way to it.
             from_file = {name: from_file[name] for name in from_file if hasattr(Run, name)}
         if named.get("schedule", "cosine") != "cosine":
             from_file.pop("warmup", None)
@@ -327,7 +327,8 @@ def _start_or_continue(run_dir, settings, overwrite):
     from keras_vit.loading import ModelError, check_archive
 
     path = run_dir / "config.json"
-    if not (overwrite or (path.exists() and "recipe" in _settings_of(path))):
+    before = _settings_of(path) if path.exists() and not overwrite else {}
+    if not (overwrite or "recipe" in before):
         others = (*CHECKED, CHECKSUMS, CHECKPOINTS)
         if found := [name for name in others if (run_dir / name).exists()]:
             raise Failure(
@@ -338,7 +339,7 @@ def _start_or_continue(run_dir, settings, overwrite):
         for part in folder.glob(PARTS):  # What a killed process was writing.
             part.unlink()
     if not overwrite and _has_checkpoint(run_dir):
-        before, now = _settings_of(path), _plain(settings)
+        now = _plain(settings)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"

@@ -5,6 +5,7 @@ there, and training reads what it needs.
 """
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import os
@@ -218,13 +219,17 @@ def _size_of(path):
         return None
 
 
+@functools.cache
+def _formats():
+    """What Pillow reads but for EPS, for which it would start Ghostscript on a stranger's file."""
+    Image.init()
+    return tuple(name for name in Image.OPEN if name != "EPS")
+
+
 def _opened(path):
     """A Pillow image whose pixels are not unpacked yet, if it is not too large for that."""
-    Image.init()
-    # For EPS, Pillow would start Ghostscript on a file that may come from a stranger.
-    formats = [name for name in Image.OPEN if name != "EPS"]
     try:
-        image = Image.open(path, formats=formats)
+        image = Image.open(path, formats=_formats())
         width, height = image.size
         if width * height <= MOST_PIXELS:
             return image
