@@ -12,12 +12,14 @@ if typing.TYPE_CHECKING:  # At run time, `__getattr__` imports what is asked for
     from keras_vit.loading import load_model
     from keras_vit.losses import LabelSmoothingCrossentropy
     from keras_vit.model import VisionTransformer
+    from keras_vit.optimizers import Muon
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LabelSmoothingCrossentropy",
     "MixUpCutMix",
+    "Muon",
     "Patches",
     "RandomResizedCrop",
     "TrivialAugment",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "LabelSmoothingCrossentropy": "keras_vit.losses",
     "MixUpCutMix": "keras_vit.layers",
+    "Muon": "keras_vit.optimizers",
     "Patches": "keras_vit.layers",
     "RandomResizedCrop": "keras_vit.layers",
     "TrivialAugment": "keras_vit.layers",
@@ -63,3 +66,4 @@ def _is_command_line():
 if not _is_command_line():
     importlib.import_module("keras_vit.model")
     importlib.import_module("keras_vit.losses")
+    importlib.import_module("keras_vit.optimizers")

@@ -25,7 +25,7 @@ from keras_vit.files import (
     write_checksums,
     write_json,
 )
-from keras_vit.recipes import CPU_RECIPE, DEFAULT_RECIPES, RECIPE, RECIPES, option
+from keras_vit.recipes import CPU_RECIPE, DEFAULT_RECIPES, RECIPE, RECIPES, Recipe, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
 LANGUAGES = ("en", "pl")
@@ -38,7 +38,10 @@ CHECKED = (*OF_A_RUN, "model.keras", "config.json")
 # Inside the folder of a run that is not finished.
 CHECKPOINTS = "checkpoints"
 # Settings that a run may go on with although they changed.
-FREE_TO_CHANGE = ("data_dir", "figures_dir", "language", "output", "save_every", "tensorboard")
+FREE_TO_CHANGE = (
+    *("data_dir", "figures_dir", "language", "output"),
+    *("precision", "save_every", "tensorboard"),
+)
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -71,7 +74,11 @@ class Run:
     backend: str | None = option(
         None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
     )
-    mixed_precision: bool = option(False, "compute in bfloat16 where precision allows")
+    precision: str = option(
+        "float32",
+        "what most layers compute in; weights, loss and logits stay in float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
     output: str | None = option(
         None, "folder of the run (default: runs/<dataset>-<recipe>-seed<seed>)"
     )
@@ -130,6 +137,13 @@ def parse(arguments=None, prog="train.py"):
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", metavar="FILE", help="repeat the run whose config.json this is")
+    parser.add_argument(
+        "--mixed-precision",
+        action="store_const",
+        const="bfloat16",
+        dest="precision",
+        help="the same as --precision bfloat16",
+    )
     fields = {}
     for title, settings in {"run": Run, "recipe": RECIPES["baseline"]}.items():
         group = parser.add_argument_group(title)
@@ -215,10 +229,10 @@ def run(named, figures_dir: str | None = "figures"):
             f"--backend {options.backend} comes too late: Keras was imported before and computes "
             f"with {keras.backend.backend()}"
         )
-    if options.mixed_precision and not devices.has_bfloat16():
+    if options.precision not in devices.precisions():
         raise Failure(
-            "--mixed-precision computes in bfloat16, for which this machine has no instructions: "
-            "it would only be slower, leave it out"
+            f"--precision {options.precision} needs instructions that this machine lacks, and "
+            f"would only be slower: choose {' or '.join(devices.precisions())}"
         )
 
     dataset, missing = _load(options, named)
@@ -237,7 +251,7 @@ def run(named, figures_dir: str | None = "figures"):
     try:
         dataset, validation = training_part(dataset, options)
         keras.utils.set_random_seed(options.seed)
-        dtype = "mixed_bfloat16" if options.mixed_precision else "float32"
+        dtype = "float32" if options.precision == "float32" else f"mixed_{options.precision}"
         needed = training.least_memory(recipe, dataset, dtype)
         if not devices.accelerators() and needed > _memory():
             # Linux would grant it, and kill the process once it is used.
@@ -340,6 +354,8 @@ def _start_or_continue(run_dir, settings, overwrite):
             part.unlink()
     if not overwrite and _has_checkpoint(run_dir):
         now = _plain(settings)
+        # A run of an earlier version had the defaults of what has become a setting since.
+        before = {**_plain(dataclasses.asdict(Recipe())), **_modern(before)}
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -626,6 +642,7 @@ def _read_config(path, fields):
         raise Failure(f"--config {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise Failure(f"--config {path} must hold an object, but holds {settings!r:.40}")
+    settings = _modern(settings)
     for name, value in settings.items():
         if name not in fields:
             raise Failure(f"--config {path} has an unknown setting {name!r}")
@@ -663,6 +680,15 @@ def _settings_of(path):
     if not isinstance(before, dict):
         raise Failure(f"{path} is damaged: start over in its folder with --overwrite")
     return before
+
+
+def _modern(settings):
+    """Settings of a file under the names that they have now."""
+    settings = dict(settings)
+    if "mixed_precision" in settings:
+        mixed = settings.pop("mixed_precision")
+        settings["precision"] = "bfloat16" if mixed else "float32"
+    return settings
 
 
 def _plain(settings):

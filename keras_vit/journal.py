@@ -40,7 +40,8 @@ def read_history(run_dir):
     """What each epoch of a run measured: lists of floats by the columns of its `history.csv`."""
     with open(run_dir / "history.csv", newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
-    return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "epoch"}
+    measured = [name for name in rows[0] if name not in ("epoch", "precision")]
+    return {name: [float(row[name]) for row in rows] for name in measured}
 
 
 class Journal(keras.callbacks.Callback):
@@ -113,6 +114,7 @@ class Journal(keras.callbacks.Callback):
         seconds = round(self._spent + self._end - self._start, 3)
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
         row.setdefault("learning_rate", self._learning_rate())
+        row["precision"] = self.model.get_layer("norm").compute_dtype
         is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
         self.rows.append({**row, "seconds": seconds})
         self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None

@@ -52,6 +52,9 @@ class VisionTransformer(keras.Model):
             last block's attention, and its MLP, for an image; blocks before
             it are left out less often, in proportion to their number (Huang
             et al., 2016).
+        pooling: string, what the head reads: `"token"`, a class token that
+            stands in front of the patches, or `"mean"`, the mean of all
+            patches' tokens; there is no class token then.
         class_names: list of strings, one for each class, that travel with the
             model; none by default.
         augmentation: list of layers applied to the images of a training
@@ -63,7 +66,7 @@ class VisionTransformer(keras.Model):
         **kwargs: base model keyword arguments, such as `name`.
 
     Raises:
-        ValueError: if a size lies outside its range, if `num_heads` does not
+        ValueError: if an argument lies outside its range, if `num_heads` does not
             divide `embed_dim`, `patch_size` not the image, if there are more
             or fewer names than classes, or if several layers of the
             augmentation mix images.
@@ -87,6 +90,7 @@ class VisionTransformer(keras.Model):
         depth: int = 6,
         dropout: float = 0.2,
         stochastic_depth: float = 0.0,
+        pooling: str = "token",
         class_names: Sequence[str] | None = None,
         augmentation: Sequence[keras.layers.Layer] | None = None,
         dtype: str | keras.DTypePolicy | None = None,
@@ -108,6 +112,10 @@ class VisionTransformer(keras.Model):
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
                 f"Received: embed_dim={embed_dim}, num_heads={num_heads}"
+            )
+        if pooling not in ("token", "mean"):
+            raise ValueError(
+                f"Expected `pooling` to be 'token' or 'mean'. Received: pooling={pooling!r}"
             )
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
@@ -132,17 +140,22 @@ class VisionTransformer(keras.Model):
             x = keras.layers.Normalization(dtype="float32", name="normalization")(x)
             x = Patches(patch_size, name="patches")(x)
             x = dense(embed_dim, name="patch_embedding")(x)
-            x = ClassToken(name="class_token")(x)
+            if pooling == "token":
+                x = ClassToken(name="class_token")(x)
             x = PositionEmbedding(name="position_embedding")(x)
             x = Dropout(dropout, name="dropout")(x)
             for block in range(1, depth + 1):
                 # The head reads the class token alone: the last block leaves out the others.
-                tokens = 1 if block == depth else None
+                tokens = 1 if block == depth and pooling == "token" else None
                 name = f"block_{block}"
                 skipping = stochastic_depth * block / depth
                 x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, skipping)
             x = LayerNormalization(epsilon=EPSILON, name="norm")(x)
-            logits = dense(num_classes, dtype="float32", name="head")(x[:, 0])
+            if pooling == "token":
+                x = x[:, 0]
+            else:
+                x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean_of_patches")(x)
+            logits = dense(num_classes, dtype="float32", name="head")(x)
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = list(augmentation)
@@ -153,6 +166,7 @@ class VisionTransformer(keras.Model):
             "image_shape": image_shape,
             "dropout": dropout,
             "stochastic_depth": stochastic_depth,
+            "pooling": pooling,
             "class_names": names and list(names),
             "dtype": policy.name,
             **sizes,
@@ -217,17 +231,18 @@ def _default_policy(policy):
         keras.config.set_dtype_policy(previous)
 
 
-def default_augmentation(image_shape, horizontal_flip=True):
+def default_augmentation(image_shape, horizontal_flip=True, **crop):
     """The layers that vary training images: a flip with probability 0.5, then a crop.
 
     Args:
         image_shape: tuple `(H, W, C)`.
         horizontal_flip: bool; digits and letters must not be mirrored.
+        **crop: arguments of `RandomResizedCrop`, such as `scale`.
     """
     height, width, _ = image_shape
     like_pixels: dict[str, typing.Any] = {"data_format": "channels_last", "dtype": "float32"}
     flip = keras.layers.RandomFlip("horizontal", name="random_flip", **like_pixels)
-    crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels)
+    crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels, **crop)
     return [flip, crop] if horizontal_flip else [crop]
 
 

@@ -25,8 +25,16 @@ class Recipe:
     cpu_epochs: typing.ClassVar[int] = 10
     epochs: int = option(160, "passes over the training images", low=1)
     batch_size: int = option(128, "images in a batch", low=1)
-    learning_rate: float = option(3e-4, "AdamW's highest learning rate", above=0)
-    weight_decay: float = option(0.01, "AdamW's weight decay", low=0)
+    optimizer: str = option(
+        "adamw",
+        "AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest",
+        choices=("adamw", "muon"),
+    )
+    learning_rate: float = option(3e-4, "highest learning rate", above=0)
+    weight_decay: float = option(0.01, "decoupled weight decay", low=0)
+    decay_kernels_only: bool = option(
+        False, "exempt biases, normalization, class token and positions from weight decay"
+    )
     schedule: str = option(
         "milestones",
         "how the learning rate falls: at milestones, or with each step along a cosine to zero",
@@ -46,11 +54,23 @@ class Recipe:
     mlp_dim: int = option(512, "width of the hidden layer of a block's MLP", low=1)
     num_heads: int = option(8, "attention heads of a block", low=1)
     depth: int = option(6, "number of transformer blocks", low=1)
+    pooling: str = option(
+        "token",
+        "what the head reads: a class token, or the mean of the patches' tokens",
+        choices=("token", "mean"),
+    )
     dropout: float = option(0.2, "rate of every dropout", low=0, below=1)
     stochastic_depth: float = option(
         0.0, "how often training leaves out the last block; fewer before it", low=0, below=1
     )
     augmentation: bool = option(True, "flip and crop training images at random")
+    crop_scale: tuple = option(
+        (0.8, 1.0),
+        "smallest and largest fraction of an image's area that a crop covers",
+        above=0,
+        high=1,
+    )
+    crop_ratio: tuple = option((0.9, 1.1), "smallest and largest aspect ratio of a crop", above=0)
     horizontal_flip: bool = option(True, "mirror some of them, where that keeps the class")
     trivial_augment: bool = option(False, "distort each training image in one way at random")
     erasing: float = option(0.0, "share of the training images that lose a box", low=0, high=1)
@@ -96,28 +116,24 @@ class Quick(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class Strong(Recipe):
-    """A wider model, 9.5 million parameters, and training images that are never the same twice.
+    """A model of 1.8 million parameters, Muon, and images that are never the same twice."""
 
-    Not run yet: it wants a GPU. Its parts are what published recipes for small images share. On
-    10,000 images for 20 epochs, where a small model is far from overfitting, a cosine and no
-    dropout help, and what varies images or labels costs accuracy (`benchmarks/NOTES.md`).
-    """
-
-    cpu_epochs: typing.ClassVar[int] = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
+    cpu_epochs: typing.ClassVar[int] = 40
+    epochs: int = 40
+    optimizer: str = "muon"
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.1
+    decay_kernels_only: bool = True
     schedule: str = "cosine"
     warmup: float = 0.05
-    embed_dim: int = 384
-    mlp_dim: int = 768
-    num_heads: int = 6
-    depth: int = 8
+    embed_dim: int = 192
+    mlp_dim: int = 384
+    num_heads: int = 3
+    pooling: str = "mean"
     dropout: float = 0.0
-    stochastic_depth: float = 0.1
+    crop_scale: tuple = (0.6, 1.0)
+    crop_ratio: tuple = (3 / 4, 4 / 3)
     trivial_augment: bool = True
-    erasing: float = 0.25
-    mixup: float = 0.5
-    cutmix: float = 0.5
     label_smoothing: float = 0.1
 
 

@@ -9,6 +9,7 @@ from keras_vit.journal import Journal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
+from keras_vit.optimizers import Muon
 
 # Training steps that JAX runs on a GPU without asking the host.
 STEPS_AT_ONCE = 32
@@ -97,6 +98,7 @@ def build_model(dataset, recipe, dtype=None):
         depth=recipe.depth,
         dropout=recipe.dropout,
         stochastic_depth=recipe.stochastic_depth,
+        pooling=recipe.pooling,
         class_names=dataset.class_names,
         augmentation=augmentation(dataset, recipe),
         dtype=dtype,
@@ -118,7 +120,8 @@ def augmentation(dataset, recipe):
     layers = []
     if recipe.augmentation:
         mirror = dataset.horizontal_flip and recipe.horizontal_flip
-        layers += default_augmentation(dataset.image_shape, mirror)
+        crop = {"scale": recipe.crop_scale, "ratio": recipe.crop_ratio}
+        layers += default_augmentation(dataset.image_shape, mirror, **crop)
     if recipe.trivial_augment:
         layers.append(TrivialAugment(dtype="float32", name="trivial_augment"))
     if recipe.erasing:
@@ -195,13 +198,40 @@ def fit(
             model.fit(batches, initial_epoch=journal.epoch, epochs=journal.epoch + 1, **settings)
             batches.start_epoch(journal.epoch + 1)
         model.fit(batches, initial_epoch=journal.epoch, epochs=recipe.epochs, **settings)
-    return {key: [row[key] for row in journal.rows] for key in journal.rows[0] if key != "epoch"}
+    measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
+    return {key: [row[key] for row in journal.rows] for key in measured}
 
 
 def batches_of(images, labels, batch_size, seed):
     """Training batches as `Batches`, kept where the backend reads them fastest."""
     kind = DeviceBatches if on_jax_accelerator() else Batches
     return kind(images, labels, batch_size, seed)
+
+
+def optimizer(model, recipe, steps_per_epoch):
+    """The recipe's optimizer, which knows what weight decay spares.
+
+    Args:
+        model: a `VisionTransformer`.
+        recipe: a `Recipe`.
+        steps_per_epoch: int, batches of an epoch.
+
+    Returns:
+        A Keras optimizer.
+    """
+    rate = learning_rate(recipe, steps_per_epoch)
+    precision = model.get_layer("norm").compute_dtype
+    if recipe.optimizer == "muon":
+        # Halves overflow where bfloat16 does not.
+        iteration = "bfloat16" if precision == "bfloat16" else "float32"
+        chosen = Muon(rate, recipe.weight_decay, iteration_dtype=iteration)
+    else:
+        chosen = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+    if recipe.decay_kernels_only:
+        others = [v for v in model.trainable_variables if v.name != "kernel"]
+        chosen.exclude_from_weight_decay(var_list=others)
+    # Small gradients would vanish in float16.
+    return keras.optimizers.LossScaleOptimizer(chosen) if precision == "float16" else chosen
 
 
 def compile_model(model, recipe, steps_per_epoch=1):
@@ -212,9 +242,7 @@ def compile_model(model, recipe, steps_per_epoch=1):
     # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
     on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
     model.compile(
-        optimizer=keras.optimizers.AdamW(
-            learning_rate(recipe, steps_per_epoch), weight_decay=recipe.weight_decay
-        ),
+        optimizer=optimizer(model, recipe, steps_per_epoch),
         loss=loss,
         metrics=["accuracy"],
         jit_compile=False if on_tensorflow_cpu else "auto",

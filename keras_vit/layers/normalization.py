@@ -1,4 +1,4 @@
-"""Layer normalization whose sums are products of matrices."""
+"""Layer normalization, computed as each backend does it fastest."""
 
 import keras
 from keras import ops
@@ -6,12 +6,14 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_vit")
 class LayerNormalization(keras.layers.LayerNormalization):
-    """`keras.layers.LayerNormalization`, faster on TensorFlow without a GPU.
+    """`keras.layers.LayerNormalization`, faster on TensorFlow's CPU and on PyTorch.
 
-    There, sums over the tokens and over their width are products with a
-    vector of ones, which run several times as fast as reductions, and the
-    gradient is written out (Ba et al., 2016). Everywhere else, Keras's own
-    computation is used: a GPU's products may round to TF32.
+    On TensorFlow without a GPU, sums over the tokens and over their width are
+    products with a vector of ones, which run several times as fast as
+    reductions, and the gradient is written out (Ba et al., 2016); a GPU's
+    products may round to TF32. PyTorch's own function takes tokens of half
+    precision as they are and computes in float32 inside, where Keras would
+    convert them first. Everywhere else, Keras's own computation is used.
 
     Input and output shapes, arguments and errors are those of
     `keras.layers.LayerNormalization`.
@@ -26,7 +28,11 @@ class LayerNormalization(keras.layers.LayerNormalization):
     def call(self, inputs):
         last = self.axis in (-1, len(inputs.shape) - 1, [-1], [len(inputs.shape) - 1])
         affine = self.scale and self.center and not self.rms_scaling
-        if not (last and affine and inputs.shape[-1] and _on_tensorflow_cpu()):
+        plain = last and affine and inputs.shape[-1]
+        if plain and keras.backend.backend() == "torch":
+            inputs = ops.cast(inputs, self.compute_dtype)
+            return _normalize_in_torch(inputs, self.gamma, self.beta, self.epsilon)
+        if not (plain and _on_tensorflow_cpu()):
             return super().call(inputs)
         width, shape = inputs.shape[-1], ops.shape(inputs)
         rows = ops.reshape(ops.cast(inputs, "float32"), (-1, width))
@@ -41,6 +47,14 @@ def _on_tensorflow_cpu():
     import tensorflow as tf
 
     return not tf.config.list_physical_devices("GPU")
+
+
+def _normalize_in_torch(inputs, gamma, beta, epsilon):
+    import torch
+
+    dtype = keras.backend.standardize_dtype(inputs.dtype)
+    gamma, beta = ops.cast(gamma, dtype), ops.cast(beta, dtype)
+    return torch.nn.functional.layer_norm(inputs, inputs.shape[-1:], gamma, beta, epsilon)
 
 
 def _normalize(rows, gamma, beta, epsilon):

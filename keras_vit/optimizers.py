@@ -1,0 +1,102 @@
+"""Muon for every matrix of a Vision Transformer, those of its attention included."""
+
+import math
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class Muon(keras.optimizers.Muon):
+    """`keras.optimizers.Muon` that knows attention's kernels as the matrices that they are.
+
+    Muon (Jordan et al., 2024; scaled as by Liu et al., 2025, arXiv:2502.16982)
+    replaces the averaged gradient of a matrix by the nearest matrix whose
+    singular values are one, times `0.2 * sqrt(larger side)`, so that it takes
+    AdamW's learning rates. Keras's own class gives AdamW to everything that
+    does not have two dimensions, `MultiHeadAttention`'s projections among it.
+
+    Here every variable named `kernel` with two or more dimensions is a matrix:
+    `(D, A, D / A)` of queries, keys and values as `(D, D)`, `(A, D / A, D)` of
+    attention's output likewise. Layers of `exclude_layers`, biases,
+    normalization, class token and positions are left to AdamW. Matrices of one
+    shape share one batched iteration, in `iteration_dtype`.
+
+    Args:
+        learning_rate: float or `LearningRateSchedule`.
+        weight_decay: float, decoupled weight decay of every variable that
+            `exclude_from_weight_decay` does not name, AdamW's included.
+        exclude_layers: strings, names of the layers whose kernels are left to
+            AdamW.
+        iteration_dtype: string, dtype of the Newton-Schulz iteration;
+            `"bfloat16"` saves time where the device computes in it.
+        **kwargs: arguments of `keras.optimizers.Muon`.
+
+    Example:
+
+    >>> model.compile(keras_vit.Muon(1e-3), loss="sparse_categorical_crossentropy")
+    """
+
+    def __init__(
+        self,
+        learning_rate=0.001,
+        weight_decay: float = 0.05,
+        exclude_layers=("patch_embedding", "head"),
+        iteration_dtype: str = "float32",
+        **kwargs,
+    ):
+        kwargs.setdefault("adam_weight_decay", weight_decay)
+        super().__init__(
+            learning_rate,
+            weight_decay=weight_decay,
+            exclude_layers=list(exclude_layers),
+            **kwargs,
+        )
+        self.iteration_dtype = iteration_dtype
+
+    def _should_use_adamw(self, variable):
+        *layers, name = variable.path.split("/")
+        is_matrix = name == "kernel" and len(variable.shape) > 1
+        return not is_matrix or not set(self.exclude_layers).isdisjoint(layers)
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        groups, others = {}, []
+        for grad, variable in zip(grads, trainable_variables):
+            if self._should_use_adamw(variable):
+                others.append((grad, variable))
+            else:
+                groups.setdefault(_matrix_shape(variable), []).append((grad, variable))
+        if others:
+            super()._backend_update_step(*zip(*others), learning_rate)
+        for shape, pairs in groups.items():
+            self._update_matrices(shape, pairs, learning_rate)
+
+    def _update_matrices(self, shape, pairs, learning_rate):
+        """One step of all matrices of one shape."""
+        averages = []
+        for grad, variable in pairs:
+            momentum = self.momentums[self._get_variable_index(variable)]
+            grad = ops.cast(grad, variable.dtype)
+            self.assign(momentum, momentum * self.momentum + grad)
+            average = grad + self.momentum * momentum if self.nesterov else momentum
+            averages.append(ops.reshape(ops.convert_to_tensor(average), shape))
+        stack = ops.cast(ops.stack(averages), "float32")
+        stack = stack / (ops.sqrt(ops.sum(stack * stack, axis=(1, 2), keepdims=True)) + 1e-7)
+        stack = self.zeropower_via_newtonschulz5(
+            ops.cast(stack, self.iteration_dtype), self.ns_steps
+        )
+        scale = learning_rate * self.rms_rate * math.sqrt(max(shape))
+        updates = ops.unstack(scale * ops.cast(stack, "float32"), len(pairs))
+        for (_, variable), update in zip(pairs, updates):
+            self.assign_sub(variable, ops.reshape(update, variable.shape))
+
+    def get_config(self):
+        return {**super().get_config(), "iteration_dtype": self.iteration_dtype}
+
+
+def _matrix_shape(variable):
+    """Rows and columns of a kernel: `(inputs, outputs)` of the linear map that it is."""
+    shape = tuple(variable.shape)
+    # Of attention's output alone, the inputs have two dimensions.
+    rows = 2 if "attention_output" in variable.path.split("/") else 1
+    return math.prod(shape[:rows]), math.prod(shape[rows:])
