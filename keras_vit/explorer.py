@@ -49,6 +49,7 @@ def pack(model, images, titles):
     return {
         **{"height": height, "width": width, "rows": rows, "columns": columns},
         **{"blocks": blocks, "heads": heads, "tokens": tokens},
+        "class_token": config["pooling"] == "token",
         "images": [
             {"title": title, "source": data_uri(image)}
             for title, image in zip(titles, images[:count])

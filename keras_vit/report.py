@@ -221,7 +221,8 @@ def _facts(run_dir, model, dataset, number):
         "layers": [type(layer).__name__ for layer in model.layers],
         "mean": _numbers(normalization.mean),
         "deviation": np.sqrt(_numbers(normalization.variance)),
-        "optimizer": type(model.optimizer).__name__ if model.optimizer else "AdamW",
+        "optimizer": {"adamw": "AdamW", "muon": "Muon"}[config.get("optimizer", "adamw")],
+        "pooling": model.get_config()["pooling"],
     }
 
 

@@ -12,12 +12,15 @@
     made.textContent = text;
     return made;
   };
-  // Token 0 is the class token, the others are the patches, row by row.
+  // Here token 0 is what the head reads, the others are the patches, row by row. Without a class
+  // token it is the mean of the patches, and the matrices hold the patches alone.
+  const shift = data.class_token ? 0 : 1;
+  const whole = data.class_token ? texts.class_token : texts.mean_of_patches;
   const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
   // Two digits are what 8 bits can tell.
   const digits = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0).replace(".", texts.decimal);
   const percent = (share) => digits(share) + " %";
-  const named = (token) => token === 0 ? texts.class_token
+  const named = (token) => token === 0 ? whole
     : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
 
   // Attention of one head: of each entry, the root of its share of the row's largest was stored.
@@ -49,7 +52,7 @@
     const matrix = fused(block), count = Math.floor(tokens * tokens * state.discard);
     if (count > 0) {
       const order = Array.from(matrix.keys()).sort((a, b) => matrix[a] - matrix[b]);
-      for (const index of order.slice(0, count)) if (index % tokens) matrix[index] = 0;
+      for (const index of order.slice(0, count)) if (shift || index % tokens) matrix[index] = 0;
     }
     for (let row = 0; row < tokens; row++) {
       if (state.residual) matrix[row * tokens + row] += 1;
@@ -69,8 +72,7 @@
 
   // The query's row of the product of all steps up to a block, from the last one to the first.
   function rollout(upTo) {
-    let row = new Float64Array(tokens);
-    row[state.query] = 1;
+    let row = asked();
     for (let block = upTo - 1; block >= 0; block--) {
       const matrix = steps()[block], next = new Float64Array(tokens);
       for (let i = 0; i < tokens; i++) if (row[i]) for (let j = 0; j < tokens; j++) next[j] += row[i] * matrix[i * tokens + j];
@@ -79,8 +81,25 @@
     return row;
   }
 
-  const attended = (block) => fused(block - 1).slice(state.query * tokens, (state.query + 1) * tokens);
-  const weights = (block) => state.view === "rollout" ? rollout(block) : attended(block);
+  // Weights of the rows of a matrix that the query stands for.
+  function asked() {
+    const row = new Float64Array(tokens);
+    if (shift && state.query === 0) return row.fill(1 / tokens);
+    row[state.query - shift] = 1;
+    return row;
+  }
+
+  function attended(block) {
+    const matrix = fused(block - 1), row = new Float64Array(tokens);
+    asked().forEach((weight, i) => { if (weight) for (let j = 0; j < tokens; j++) row[j] += weight * matrix[i * tokens + j]; });
+    return row;
+  }
+
+  // By token, for what is shown: nothing attends to a mean.
+  function weights(block) {
+    const row = state.view === "rollout" ? rollout(block) : attended(block);
+    return shift ? Float64Array.from([0, ...row]) : row;
+  }
 
   function paint(canvas, values, colour) {
     canvas.width = columns;
@@ -139,7 +158,7 @@
     if (state.target !== null) said.textContent = `${texts.to} ${named(state.target)}: ${percent(values[state.target])}`;
     // One line is read aloud for each move, not the whole list.
     $("#said").textContent = said.textContent || $("#query").textContent;
-    element("div", readout, `${texts.to} ${texts.class_token}: ${percent(values[0])}`).id = "to-class";
+    if (data.class_token) element("div", readout, `${texts.to} ${texts.class_token}: ${percent(values[0])}`).id = "to-class";
     const list = element("ol", readout);
     Array.from(values.keys()).slice(1).sort((a, b) => values[b] - values[a]).slice(0, 5)
       .forEach((token) => element("li", list, `${named(token)}: ${percent(values[token])}`));
@@ -186,6 +205,7 @@
   $("#block").oninput = (event) => set({ block: Number(event.target.value) });
   $("#residual").onchange = (event) => set({ residual: event.target.checked });
   $("#discard").oninput = (event) => set({ discard: Number(event.target.value) });
+  if (shift) $("#class-token").textContent = texts.from_mean;
   $("#class-token").onclick = () => set({ query: 0, pinned: false, target: null });
 
   // Pointing chooses where attention comes from; a click or tap keeps it, pointing then reads the weights.
