@@ -454,7 +454,7 @@ def _load(options, named):
     try:
         return data.load_dataset(options.dataset, options.data_dir, options.image_size), False
     except data.DatasetError as error:
-        if "dataset" in named:
+        if "dataset" in named or not isinstance(error, data.DatasetUnavailable):
             raise Failure(str(error)) from error
         print(
             f"WARNING: {error}.\nTraining on scikit-learn's embedded digits instead; everything "
