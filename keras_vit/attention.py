@@ -1,10 +1,13 @@
 """What a trained model attends to: attention scores, and Attention Rollout."""
 
+import inspect
+
 import keras
 import numpy as np
 from keras import ops
 
 from keras_vit.arguments import share_below_one
+from keras_vit.model import VisionTransformer
 
 BATCH_SIZE = 64
 
@@ -12,37 +15,43 @@ BATCH_SIZE = 64
 def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Attention of every head of every block of a model.
 
+    The model runs once, in inference, and each attention layer gives away the scores of that very
+    call: masks, causal attention and cross-attention are in them. A layer that the model calls
+    several times counts as a block each time.
+
+    The last block of a `VisionTransformer` computes no more tokens than its head reads. Here all of
+    its tokens ask, so that its matrix has the rows of the other blocks.
+
     Args:
-        model: a `VisionTransformer`, fresh from training or loaded from a file.
-        images: array `(B, H, W, C)` of raw pixels, as the model takes them.
+        model: a `VisionTransformer`, fresh from training or loaded from a file, or another
+            functional model whose attention layers (`keras.layers.MultiHeadAttention` and others
+            with its `return_attention_scores`) stand in its own graph, not inside other layers.
+        images: array `(B, H, W, C)` of raw pixels, as the model takes them; a list or dictionary of
+            arrays for a model with several inputs.
 
     Returns:
-        NumPy array `(B, L, A, T, T)`, float32: in block `l` and head `a`, token `t` attends to
-        token `s` with weight `scores[b, l, a, t, s]`. Each row sums to one; token 0 is the class
-        token, the others are the patches, row by row.
+        NumPy array `(B, L, A, T, S)`, float32: in block `l` and head `a`, token `t` attends to
+        token `s` with weight `scores[b, l, a, t, s]`. Each row sums to one. There are as many
+        queries `T` as keys `S` but in cross-attention. In a `VisionTransformer` both are its
+        tokens: the class token, if it has one, then the patches, row by row.
 
     Raises:
-        ValueError: if the model has no `MultiHeadAttention` layer, or takes images of another
-            shape.
+        ValueError: if the model has no attention layer; if one lies inside another layer, cannot
+            return its scores, or returns them in another shape than `(B, A, T, S)` or than the
+            blocks before it; or if the model takes images of another shape.
     """
-    attentions = [x for x in model.layers if isinstance(x, keras.layers.MultiHeadAttention)]
-    if not attentions:
+    _check_graph(model)
+    inputs, expected = keras.tree.flatten(images), [tuple(x.shape) for x in model.inputs]
+    shapes = [tuple(x.shape) for x in inputs]
+    fits = len(shapes) == len(expected) and all(map(_fits, shapes, expected))
+    if not fits or 0 in shapes[0] or len({len(x) for x in inputs}) > 1:
         raise ValueError(
-            "Expected a model with `MultiHeadAttention` layers in its graph. "
-            f"Received: model={model.name!r} with none"
+            f"Expected `images` of shape {_alone(expected)} with at least one of them. "
+            f"Received: images.shape={_alone(shapes)}"
         )
-    shape, expected = tuple(images.shape), model.input_shape
-    fits = len(shape) == len(expected) and all(b in (a, None) for a, b in zip(shape, expected))
-    if not fits or 0 in shape:
-        raise ValueError(
-            f"Expected `images` of shape {expected} with at least one of them. "
-            f"Received: images.shape={shape}"
-        )
-    scores = [_Scores(attention)(attention.input) for attention in attentions]
-    explainer = keras.Model(model.input, ops.stack(scores, axis=1))
-    batches = np.array_split(images, range(BATCH_SIZE, len(images), BATCH_SIZE))
-    outputs = [ops.convert_to_numpy(explainer(batch, training=False)) for batch in batches]
-    return np.concatenate(outputs).astype("float32")
+    starts = range(0, len(inputs[0]), BATCH_SIZE)
+    batches = ([x[start : start + BATCH_SIZE] for x in inputs] for start in starts)
+    return np.concatenate([_scores_of_batch(model, batch) for batch in batches])
 
 
 def attention_rollout(
@@ -56,7 +65,8 @@ def attention_rollout(
     the output.
 
     Args:
-        scores: array `(B, L, A, T, T)`, as `attention_scores` returns it.
+        scores: array `(B, L, A, T, T)`, as `attention_scores` returns it for self-attention: the
+            matrices must be square.
         head_fusion: `"mean"`, `"max"` or `"min"` over the heads.
         discard_ratio: float in [0, 1), share of the entries of each fused matrix that are set to
             zero, the smallest first. Attention to the class token is never discarded.
@@ -70,10 +80,16 @@ def attention_rollout(
             if an option lies outside its range.
     """
     scores = np.asarray(scores)
-    if scores.ndim != 5 or scores.shape[-1] != scores.shape[-2] or 0 in scores.shape:
+    if scores.ndim != 5 or 0 in scores.shape:
         raise ValueError(
             "Expected `scores` of shape (batch, blocks, heads, tokens, tokens). "
             f"Received: scores.shape={scores.shape}"
+        )
+    if scores.shape[-1] != scores.shape[-2]:
+        raise ValueError(
+            "Expected `scores` of self-attention, (batch, blocks, heads, tokens, tokens): a "
+            "rollout multiplies square matrices, and those of cross-attention have other queries "
+            f"than keys. Received: scores.shape={scores.shape}"
         )
     if not np.issubdtype(scores.dtype, np.floating):
         scores = scores.astype("float32")
@@ -99,17 +115,98 @@ def attention_rollout(
     return rollout
 
 
-class _Scores(keras.layers.Layer):
-    """Leads the scores out of an attention layer, which by itself returns tokens only."""
+def _check_graph(model):
+    """Refuses a model whose attention cannot be followed call by call."""
+    if not any(map(_is_attention, _layers_inside(model))):
+        raise ValueError(
+            "Expected a model with `MultiHeadAttention` layers in its graph. "
+            f"Received: model={model.name!r} with none"
+        )
+    for layer in model.layers:
+        if not _is_attention(layer) and any(map(_is_attention, _layers_inside(layer))):
+            raise ValueError(
+                "Expected every attention layer to stand in the model's own graph. Received: "
+                f"model={model.name!r}, whose layer {layer.name!r} has attention inside. If that "
+                f"is a model, pass `model.get_layer({layer.name!r})` and what it takes"
+            )
+    if not isinstance(model, keras.Function):
+        raise ValueError(
+            f"Expected a functional model. Received: model={model.name!r} of class "
+            f"{type(model).__name__}, which calls its layers in Python"
+        )
 
-    def __init__(self, attention):
-        super().__init__(dtype=attention.dtype_policy)
-        self.attention = attention
 
-    def call(self, inputs):
-        # The last block asks for the class token's scores alone; here every token asks.
-        _, tokens = inputs
-        return self.attention(tokens, tokens, return_attention_scores=True)[1]
+def _layers_inside(layer):
+    return layer._flatten_layers(include_self=False)
+
+
+def _is_attention(layer):
+    return isinstance(layer, keras.layers.MultiHeadAttention) or _takes(
+        layer, "return_attention_scores"
+    )
+
+
+def _takes(operation, argument):
+    return argument in inspect.signature(operation.call).parameters
+
+
+def _fits(shape, expected):
+    return len(shape) == len(expected) and all(b in (a, None) for a, b in zip(shape, expected))
+
+
+def _alone(items):
+    return items[0] if len(items) == 1 else items
+
+
+def _scores_of_batch(model, inputs):
+    """Attention scores `(B, L, A, T, S)` of one batch, from a run of the model's graph."""
+    blocks = []
+
+    def noting(operation):
+        def call(*args, **kwargs):
+            if _takes(operation, "training"):
+                kwargs["training"] = False
+            if not _is_attention(operation):
+                return operation(*args, **kwargs)
+            if isinstance(model, VisionTransformer):
+                args = args[1], args[1]
+            wants_scores = kwargs.pop("return_attention_scores", False)
+            outputs, scores = _outputs_and_scores(operation, args, kwargs)
+            shape = tuple(getattr(scores, "shape", ()))
+            _check_shape(operation.name, shape, len(inputs[0]), blocks)
+            blocks.append(ops.convert_to_numpy(scores).astype("float32"))
+            return (outputs, scores) if wants_scores else outputs
+
+        return call
+
+    tensors = [ops.convert_to_tensor(x, y.dtype) for x, y in zip(inputs, model.inputs)]
+    model._run_through_graph(tensors, operation_fn=noting)
+    return np.stack(blocks, axis=1)
+
+
+def _outputs_and_scores(layer, args, kwargs):
+    try:
+        outputs, scores = layer(*args, **kwargs, return_attention_scores=True)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Expected layer {layer.name!r} to return its attention scores. "
+            f"Received: {type(error).__name__}: {reason}"
+        ) from error
+    return outputs, scores
+
+
+def _check_shape(name, shape, batch_size, blocks):
+    if len(shape) != 4 or shape[0] != batch_size:
+        raise ValueError(
+            f"Expected layer {name!r} to return scores of shape (batch, heads, queries, keys). "
+            f"Received: scores.shape={shape} for a batch of {batch_size}"
+        )
+    if blocks and shape[1:] != blocks[0].shape[1:]:
+        raise ValueError(
+            "Expected every layer to have as many heads, queries and keys as the first one, "
+            f"{blocks[0].shape[1:]}. Received: layer {name!r} with {shape[1:]}"
+        )
 
 
 def _discard(attention, ratio):

@@ -319,11 +319,12 @@ def _fit(model, dataset, recipe, options, validation, run_dir):
 
 def _explained(error, recipe, options):
     """What ended a training as a `Failure`; None if one line cannot explain it."""
+    from keras_vit.checkpoints import OtherVariables
     from keras_vit.journal import Diverged, Interrupted, OtherData
 
     if isinstance(error, Diverged):
         return Failure(f"{error} (and --overwrite)", status=3)
-    if isinstance(error, OtherData):
+    if isinstance(error, (OtherData, OtherVariables)):
         return Failure(
             f"{error}: choose another folder with --output, or start over with --overwrite"
         )
@@ -470,7 +471,7 @@ def _load(options, named):
     try:
         return data.load_dataset(options.dataset, options.data_dir, options.image_size), False
     except data.DatasetError as error:
-        if "dataset" in named:
+        if "dataset" in named or not isinstance(error, data.DatasetUnavailable):
             raise Failure(str(error)) from error
         print(
             f"WARNING: {error}.\nTraining on scikit-learn's embedded digits instead; everything "

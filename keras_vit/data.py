@@ -1,9 +1,7 @@
 """Where images come from, and the order in which training sees them."""
 
-import contextlib
 import dataclasses
 import hashlib
-import logging
 import math
 import pathlib
 import zipfile
@@ -52,7 +50,11 @@ UNREADABLE = (
 
 
 class DatasetError(RuntimeError):
-    """A data set is unknown, not on disk and not to be had, or not for image classification."""
+    """A data set is unknown, cannot be read or had, or is not for image classification."""
+
+
+class DatasetUnavailable(DatasetError):
+    """A data set is not on disk, and the network or the disk keeps it from being downloaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,35 +336,45 @@ def _builder(source, data_dir):
 
 def _prepare(builder):
     """Downloads a set unless its files lie on disk."""
+    if builder.is_prepared():
+        return
+    import tensorflow as tf
     import tensorflow_datasets as tfds
 
+    of_network_or_disk = (
+        OSError,  # Those of `requests` are among them.
+        tfds.download.DownloadError,
+        tf.errors.PermissionDeniedError,
+        tf.errors.ResourceExhaustedError,
+        tf.errors.UnavailableError,
+    )
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        with _few_retries():
-            config = tfds.download.DownloadConfig(try_download_gcs=False)
-            builder.download_and_prepare(download_config=config)
-    except Exception as error:
-        raise DatasetError(
+        _ask_server(builder)
+        builder.download_and_prepare(download_config=config)
+    except of_network_or_disk as error:
+        raise DatasetUnavailable(
             f"{builder.name} is not in {builder.data_dir} and could not be downloaded "
             f"({_first_line(error)}). Prepare it on a machine with a network by "
             f"`tfds build {builder.name}`, copy the folder, and name its parent with --data-dir "
             "or the environment variable TFDS_DATA_DIR"
         ) from error
+    except Exception as error:
+        raise DatasetError(
+            f"{builder.name} could not be prepared in {builder.data_dir} ({_first_line(error)})"
+        ) from error
 
 
-@contextlib.contextmanager
-def _few_retries():
-    """Bounds the retries of a download: without a network their growing pauses take minutes."""
-    from tensorflow_datasets.core.download import downloader
+def _ask_server(builder):
+    """Raises where no network leads to a set's files: TensorFlow Datasets would try for minutes."""
+    import requests
 
-    retries, logger = downloader.MAX_RETRIES, logging.getLogger("urllib3.connectionpool")
-    level = logger.level
-    downloader.MAX_RETRIES = 3
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        downloader.MAX_RETRIES = retries
-        logger.setLevel(level)
+    url = next(iter(builder.url_infos or ()), "")
+    # What it writes beside each file that it has downloaded, in older versions into one folder.
+    notes = (f"downloads/{builder.name}/*.INFO", "downloads/*.INFO")
+    is_downloaded = any(any(builder.data_dir_root.glob(note)) for note in notes)
+    if url.startswith("http") and not is_downloaded:
+        requests.head(url, timeout=10)
 
 
 def _supervised_features(builder):
@@ -386,6 +398,18 @@ def _read_split(builder, split, image_feature):
 
     if split not in builder.info.splits:
         return None
+    try:
+        return _read_arrays(builder, split, image_feature)
+    except (OSError, StopIteration, tf.errors.OpError) as error:
+        raise DatasetError(
+            f"{builder.name} in {builder.data_dir} cannot be read ({_first_line(error)}): if it is "
+            f"damaged, remove this folder and prepare it anew by `tfds build {builder.name}`"
+        ) from error
+
+
+def _read_arrays(builder, split, image_feature):
+    import tensorflow as tf
+
     images = builder.as_dataset(split=split, as_supervised=True)
     _, first_label = next(iter(images.take(1)))
     if first_label < 0:  # How sets mark a label that is kept secret.

@@ -78,10 +78,7 @@ def test_scores_have_one_row_per_image_block_head_and_token(model, images):
 def test_scores_of_each_block_are_those_of_its_weights_computed_in_numpy(model, images, block):
     tokens = keras.Model(model.input, model.get_layer(f"block_{block}_attention_norm").output)
     tokens = np.asarray(tokens.predict(images, verbose=0))
-    query, query_bias, key, key_bias, *_ = model.get_layer(f"block_{block}_attention").get_weights()
-    queries = np.einsum("btd,dah->bath", tokens, query) + query_bias[None, :, None]
-    keys = np.einsum("btd,dah->bath", tokens, key) + key_bias[None, :, None]
-    expected = softmax(np.einsum("bath,bash->bats", queries, keys) / np.sqrt(query.shape[-1]))
+    expected = numpy_scores(model.get_layer(f"block_{block}_attention"), tokens, tokens)
     assert expected.std() > 0.02
     np.testing.assert_allclose(attention_scores(model, images)[:, block - 1], expected, atol=1e-5)
 
@@ -153,6 +150,161 @@ def test_scores_under_mixed_precision_are_float32_and_near_those_of_full_precisi
     scores = attention_scores(mixed, images)
     assert scores.dtype == np.float32
     np.testing.assert_allclose(scores[:, 0], attention_scores(model, images)[:, 0], atol=0.1)
+
+
+TOKENS = np.random.default_rng(2).normal(size=(3, 6, 8)).astype("float32")
+
+
+def attention_layer(name=None, **options):
+    """A layer whose attention is far from uniform once it is called."""
+    noise = keras.initializers.RandomNormal(stddev=1.0, seed=len(name or ""))
+    return keras.layers.MultiHeadAttention(
+        HEADS, 4, kernel_initializer=noise, bias_initializer=noise, name=name, **options
+    )
+
+
+def numpy_scores(layer, queries, keys, allowed=True):
+    """Scores `(B, A, T, S)` from a layer's weights; `allowed` is who may attend to whom."""
+    query, query_bias, key, key_bias = (np.asarray(x) for x in layer.get_weights()[:4])
+    queries = np.einsum("btd,dah->bath", queries, query) + query_bias[None, :, None]
+    keys = np.einsum("btd,dah->bath", keys, key) + key_bias[None, :, None]
+    scores = np.einsum("bath,bash->bats", queries, keys) / np.sqrt(query.shape[-1])
+    return softmax(np.where(allowed, scores, -1e9))
+
+
+def masked_by_argument(tokens, layer):
+    """Another mask for each image: tokens attend to those whose first number is no larger."""
+    first = tokens[:, :, :1]
+    mask = keras.ops.greater_equal(first, keras.ops.swapaxes(first, 1, 2))
+    first = TOKENS[:, None, :, :1]
+    return layer(tokens, tokens, attention_mask=mask), first >= first.swapaxes(2, 3)
+
+
+def masked_by_keras(tokens, layer):
+    """Tokens whose numbers are all zero are none: in each image, the last two."""
+    tokens = keras.layers.Masking()(tokens)
+    return layer(tokens, tokens), np.arange(6) < 4
+
+
+def causal(tokens, layer):
+    return layer(tokens, tokens, use_causal_mask=True), np.tri(6, dtype=bool)
+
+
+@pytest.mark.parametrize("call", [masked_by_argument, masked_by_keras, causal])
+def test_masked_tokens_get_no_attention(call):
+    tokens = TOKENS.copy()
+    inputs, layer = keras.Input((6, 8)), attention_layer()
+    outputs, allowed = call(inputs, layer)
+    if call is masked_by_keras:
+        tokens[:, 4:] = 0
+    scores = attention_scores(keras.Model(inputs, outputs), tokens)
+    expected = numpy_scores(layer, tokens, tokens, allowed)
+    # What Keras makes of the rows of tokens that are none is of no use.
+    asking = 4 if call is masked_by_keras else 6
+    np.testing.assert_allclose(scores[:, 0, :, :asking], expected[:, :, :asking], atol=1e-5)
+
+
+def test_cross_attention_has_a_row_per_query_and_a_column_per_key():
+    inputs, layer = keras.Input((6, 8)), attention_layer()
+    outputs = layer(inputs[:, :2], value=inputs, key=-inputs)
+    scores = attention_scores(keras.Model(inputs, outputs), TOKENS)
+    assert scores.shape == (3, 1, HEADS, 2, 6)
+    expected = numpy_scores(layer, TOKENS[:, :2], -TOKENS)
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-5)
+
+
+def test_a_model_of_several_inputs_takes_a_list_or_a_dictionary():
+    arrays = {"query": TOKENS[:, :2], "value": TOKENS}
+    inputs = {name: keras.Input(array.shape[1:], name=name) for name, array in arrays.items()}
+    layer = attention_layer()
+    model = keras.Model(inputs, layer(inputs["query"], inputs["value"]))
+    expected = numpy_scores(layer, arrays["query"], arrays["value"])
+    for images in (arrays, list(arrays.values())):
+        np.testing.assert_allclose(attention_scores(model, images)[:, 0], expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"Received: images.shape=\(3, 6, 8\)"):
+        attention_scores(model, TOKENS)
+    with pytest.raises(ValueError, match=r"Received: images.shape=\[\(3, 2, 8\), \(2, 6, 8\)\]"):
+        attention_scores(model, [arrays["query"], TOKENS[:2]])
+
+
+def test_a_layer_that_is_called_twice_counts_twice():
+    inputs, layer = keras.Input((6, 8)), attention_layer()
+    # One call asks for the scores itself, and goes on with both.
+    first, scores = layer(inputs, inputs, return_attention_scores=True)
+    outputs = layer(first, first)
+    ours = attention_scores(keras.Model(inputs, [outputs, scores]), TOKENS)
+    second = np.asarray(keras.Model(inputs, first).predict(TOKENS, verbose=0))
+    for block, tokens in enumerate((TOKENS, second)):
+        expected = numpy_scores(layer, tokens, tokens)
+        np.testing.assert_allclose(ours[:, block], expected, atol=1e-5)
+    assert ours.shape == (3, 2, HEADS, 6, 6)
+
+
+def test_scores_are_those_of_inference_even_where_the_graph_says_training():
+    inputs, layer = keras.Input((6, 8)), attention_layer(dropout=0.5)
+    noise = keras.layers.GaussianNoise(1.0)(inputs, training=True)
+    model = keras.Model(inputs, layer(noise, noise, training=True))
+    expected = numpy_scores(layer, TOKENS, TOKENS)
+    np.testing.assert_allclose(attention_scores(model, TOKENS)[:, 0], expected, atol=1e-5)
+
+
+def nested(tokens):
+    inner = keras.Input((6, 8))
+    inner = keras.Model(inner, attention_layer()(inner, inner), name="odd")
+    return inner(attention_layer()(tokens, tokens))
+
+
+def over_a_grid(tokens):
+    tokens = keras.layers.Reshape((2, 3, 8))(tokens)
+    return attention_layer("odd")(tokens, tokens)
+
+
+def in_windows(tokens):
+    tokens = keras.ops.reshape(tokens, (-1, 3, 8))
+    return keras.ops.reshape(attention_layer("odd")(tokens, tokens), (-1, 6, 8))
+
+
+def of_other_heads(tokens):
+    tokens = attention_layer()(tokens, tokens)
+    return keras.layers.MultiHeadAttention(4, 2, name="odd")(tokens, tokens)
+
+
+def in_flashes(tokens):
+    return attention_layer("odd", flash_attention=True)(tokens, tokens)
+
+
+class Silent(keras.layers.MultiHeadAttention):
+    def call(self, query, value, key=None):
+        return super().call(query, value, key)
+
+
+def without_scores(tokens):
+    return Silent(HEADS, 4, name="odd")(tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    "build", [nested, over_a_grid, in_windows, of_other_heads, in_flashes, without_scores]
+)
+def test_attention_that_has_no_matrix_per_head_and_image_is_refused_by_name(build):
+    inputs = keras.Input((6, 8))
+    model = keras.Model(inputs, build(inputs))
+    with pytest.raises(ValueError, match="Received: .*odd|layer 'odd'"):
+        attention_scores(model, TOKENS)
+
+
+def test_a_model_that_calls_its_layers_in_python_is_refused():
+    class InPython(keras.Model):
+        def __init__(self):
+            super().__init__(name="in_python")
+            self.attention = attention_layer()
+
+        def call(self, tokens):
+            return self.attention(tokens, tokens)
+
+    model = InPython()
+    model(TOKENS)
+    with pytest.raises(ValueError, match="Received: model='in_python' of class InPython"):
+        attention_scores(model, TOKENS)
 
 
 def test_a_model_without_attention_is_refused_by_name(images):
@@ -271,6 +423,7 @@ def test_scores_of_another_shape_are_refused(shape):
     with pytest.raises(ValueError) as error:
         attention_rollout(np.zeros(shape))
     assert f"Received: scores.shape={shape}" in str(error.value)
+    assert ("square" in str(error.value)) == (shape == (1, 2, 2, 4, 5))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])

@@ -84,13 +84,18 @@ def test_a_backend_chosen_too_late_is_an_error(capsys, monkeypatch, tmp_path):
     assert f"--backend {late} comes too late" in error and keras.backend.backend() in error
 
 
-def test_a_data_set_asked_for_by_name_must_be_there(capsys, monkeypatch, tmp_path):
-    def missing(name, *_):
-        raise data.DatasetError(f"{name} is not there")
+@pytest.mark.parametrize(
+    ("error", "arguments"),
+    [(data.DatasetUnavailable, ["--dataset=cifar10"]), (data.DatasetError, [])],
+    ids=["missing, but asked for by name", "wrong in another way than missing"],
+)
+def test_digits_take_the_place_of_no_other_data(error, arguments, capsys, monkeypatch, tmp_path):
+    def fail(name, *_):
+        raise error(f"{name} cannot be had")
 
-    monkeypatch.setattr(data, "load_dataset", missing)
-    assert train("--dataset=cifar10", folder=tmp_path) == 2
-    assert capsys.readouterr().err == "error: cifar10 is not there\n"
+    monkeypatch.setattr(data, "load_dataset", fail)
+    assert train(*arguments, folder=tmp_path) == 2
+    assert capsys.readouterr().err == "error: cifar10 cannot be had\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -167,7 +172,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
 
     def offline(name, data_dir=None, image_size=None):
         if name != "digits":
-            raise data.DatasetError(f"{name} is not in {data_dir}: use --data-dir")
+            raise data.DatasetUnavailable(f"{name} is not in {data_dir}: use --data-dir")
         return load(name)
 
     monkeypatch.setattr(data, "load_dataset", offline)

@@ -1,3 +1,4 @@
+import re
 import sys
 
 import keras
@@ -7,7 +8,14 @@ from conftest import cifar10_on_disk
 from sklearn.datasets import load_digits
 
 from keras_vit import load_dataset
-from keras_vit.data import RESIZED_SIDE, Batches, Dataset, DatasetError, DeviceBatches
+from keras_vit.data import (
+    RESIZED_SIDE,
+    Batches,
+    Dataset,
+    DatasetError,
+    DatasetUnavailable,
+    DeviceBatches,
+)
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
 
@@ -138,15 +146,76 @@ def test_a_set_is_missing_where_the_package_that_reads_it_is(monkeypatch):
         load_dataset("cifar10")
 
 
-def test_a_set_that_cannot_be_downloaded_says_how_to_supply_it(monkeypatch, tmp_path):
+def test_prepared_files_need_no_network_and_no_server(monkeypatch, tmp_path):
+    prepare(tmp_path, "KerasVitPrepared", {"train": [0, 1], "test": [0]}, (20, 20, 3))
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    monkeypatch.setattr("requests.Session.send", pytest.fail)
+    assert len(load_dataset("keras_vit_prepared", tmp_path).train_images) == 2
+
+
+def test_damaged_prepared_files_are_named(tmp_path):
+    prepare(tmp_path, "KerasVitDamaged", {"train": [0, 1] * 10, "test": [0]}, (20, 20, 3))
+    (path,) = tmp_path.rglob("*train.tfrecord*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DatasetError, match=f"keras_vit_damaged in {path.parent} cannot be read"):
+        load_dataset("keras_vit_damaged", tmp_path)
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A server of a set's files that does not answer; a list of what it was asked."""
+    requests, asked = pytest.importorskip("requests"), []
+
+    def send(self, request, **_):
+        asked.append((request.method, request.url))
+        raise requests.exceptions.ConnectionError("no route to host")
+
+    monkeypatch.setattr(requests.Session, "send", send)
+    return asked
+
+
+def test_without_a_network_a_set_says_how_to_supply_it_at_once(unreachable, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(DatasetUnavailable, match=r"cifar10 is not in .*no route.*--data-dir"):
+        load_dataset("cifar10", tmp_path)
+    ((method, url),) = unreachable
+    assert method == "HEAD" and url.endswith("cifar-10-binary.tar.gz")
+
+
+def test_what_was_downloaded_before_needs_no_network(monkeypatch, unreachable, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "downloads" / "cifar10").mkdir(parents=True)
+    (tmp_path / "downloads" / "cifar10" / "cifar.tar.gz.INFO").touch()
+    prepared = []
+    monkeypatch.setattr(
+        tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: prepared.append(True)
+    )
+    with pytest.raises(DatasetError, match="no labelled split named 'train'"):
+        load_dataset("cifar10", tmp_path)
+    assert prepared and not unreachable
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), DatasetUnavailable),
+        (TimeoutError("timed out"), DatasetUnavailable),
+        (AttributeError("module has no attribute 'MAX_RETRIES'"), DatasetError),
+        (ImportError("no module named 'scipy'"), DatasetError),
+    ],
+)
+def test_only_network_and_disk_make_a_set_unavailable(error, kind, monkeypatch, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def fail(*_, **__):
-        raise ConnectionError("no route to host")
+        raise error
 
+    monkeypatch.setattr("requests.Session.send", lambda *_, **__: None)
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
-    with pytest.raises(DatasetError, match=r"cifar10 is not in .*no route to host.*--data-dir"):
+    with pytest.raises(DatasetError, match=re.escape(str(error))) as raised:
         load_dataset("cifar10", tmp_path)
+    assert type(raised.value) is kind
 
 
 def test_a_set_without_labelled_images_is_refused_before_any_download(monkeypatch, tmp_path):

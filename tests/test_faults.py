@@ -62,7 +62,7 @@ def run(folder, epochs, die_at, output):
     def noted(place, checkpoint):
         save(place, checkpoint)
         digest = hashlib.sha256()
-        for array in checkpoint.arrays:
+        for array in checkpoint.arrays.values():
             digest.update(np.ascontiguousarray(array))
         with open(folder / "notes.txt", "a") as notes:
             notes.write(f"{checkpoint.epoch} {checkpoint.batch} {digest.hexdigest()}\n")
