@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from keras_vit.attention import attention_scores
+from keras_vit.model import seen
 
 # Bytes of attention in one page, a byte for each score.
 BUDGET = 3 * 2**20
@@ -25,16 +26,17 @@ def pack(model, images, titles):
         titles: list of strings, one for each image.
 
     Returns:
-        Dictionary: sizes, `images` with title and data URI, `levels`, base64 of bytes
-        `(B, L, A, T, T)`, and `scales`, base64 of float32 `(B, L, A, T)`. A score is the square
-        of its level over 255, times its row's scale: small ones are finer than large ones.
+        Dictionary: sizes, `images` with title and data URI, as they are cut into patches,
+        `levels`, base64 of bytes `(B, L, A, T, T)`, and `scales`, base64 of float32
+        `(B, L, A, T)`. A score is the square of its level over 255, times its row's scale: small
+        ones are finer than large ones.
 
     Raises:
         ValueError: if the attention on a single image takes over 3 MiB.
     """
-    height, width = images.shape[1:3]
-    side, config = model.get_layer("patches").patch_size, model.get_config()
-    rows, columns = height // side, width // side
+    patches, config = model.get_layer("patches"), model.get_config()
+    _, height, width, _ = patches.input.shape
+    rows, columns = height // patches.patch_size, width // patches.patch_size
     size = config["depth"] * config["num_heads"] * (1 + rows * columns) ** 2
     count = min(BUDGET // size, MOST_IMAGES, len(images))
     if count == 0:
@@ -43,6 +45,7 @@ def pack(model, images, titles):
             f"Received: {size:,}"
         )
     scores = attention_scores(model, images[:count])
+    cut = np.clip(np.round(seen(model.augmentation, images[:count])), 0, 255).astype("uint8")
     scales = scores.max(axis=-1)
     levels = np.round(255 * np.sqrt(scores / scales[..., None])).astype("uint8")
     _, blocks, heads, tokens, _ = scores.shape
@@ -51,8 +54,7 @@ def pack(model, images, titles):
         **{"blocks": blocks, "heads": heads, "tokens": tokens},
         "class_token": config["pooling"] == "token",
         "images": [
-            {"title": title, "source": data_uri(image)}
-            for title, image in zip(titles, images[:count])
+            {"title": title, "source": data_uri(image)} for title, image in zip(titles, cut)
         ],
         "levels": base64.b64encode(levels.tobytes()).decode(),
         "scales": base64.b64encode(scales.astype("<f4").tobytes()).decode(),

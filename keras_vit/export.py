@@ -16,7 +16,9 @@ THROUGHPUT_BATCH = 256
 
 
 def served(model):
-    """The model as others shall run it: raw pixels in, probabilities out, no augmentation.
+    """The model as others shall run it: raw pixels in, probabilities out, inference alone.
+
+    Layers of its augmentation that change nothing in inference are left out.
 
     Args:
         model: a trained `VisionTransformer`.
@@ -25,23 +27,26 @@ def served(model):
         A `keras.Model` from float32 `(B, H, W, C)`, 0 to 255, to `(B, num_classes)`; each row
         sums to one.
     """
-    bare = type(model).from_config({**model.get_config(), "augmentation": [], "frozen": []})
+    varying = _varying(model)
+    bare = type(model).from_config({**model.get_config(), "augmentation": varying})
     for layer in bare.layers:
         layer.set_weights(model.get_layer(layer.name).get_weights())
         if getattr(layer, "activation", None) is gelu:
             layer.activation = _gelu_by_erf
-    # Normalization keeps its numbers as tensors, which ONNX would want as further inputs.
-    normalization = model.get_layer("normalization")
-    mean, variance = (
-        keras.ops.convert_to_numpy(x).ravel() for x in (normalization.mean, normalization.variance)
-    )
-    deviation = np.maximum(np.sqrt(variance), keras.config.epsilon())
-    images = keras.Input(model.input_shape[1:], name="images")
-    x = keras.layers.Rescaling((1 / deviation).tolist(), (-mean / deviation).tolist())(images)
-    x = keras.Model(bare.get_layer("normalization").output, bare.output, name="vision_transformer")(
-        x
-    )
-    return keras.Model(images, keras.layers.Softmax(dtype="float32")(x))
+    return keras.Model(bare.input, keras.layers.Softmax(dtype="float32")(bare.output))
+
+
+def _varying(model):
+    """The layers of a model's augmentation that change images in inference, too."""
+    noise = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:]))
+    noise[0], noise[1] = 0, 255
+    images, kept = noise.astype("float32"), []
+    for layer in model.augmentation:
+        before = images
+        images = keras.ops.convert_to_numpy(layer(before, training=False))
+        if not np.array_equal(before, images):
+            kept.append(layer)
+    return kept
 
 
 def _gelu_by_erf(x):

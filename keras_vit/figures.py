@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from keras_vit.attention import attention_rollout, attention_scores
 from keras_vit.files import whole
 from keras_vit.layers import Patches
+from keras_vit.model import seen
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -50,7 +51,8 @@ def draw_all(model, dataset, probabilities, folder, history=None, falls=()):
     examples = _one_per_class(labels, len(names), 6)
     images, of = dataset.test_images, {"source": dataset.name}
     draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png", **of)
-    draw_patches(images[examples[0]], patch_size, folder / "patches.png", **of)
+    (cut,) = seen(model.augmentation, images[examples[:1]])
+    draw_patches(cut, patch_size, folder / "patches.png", **of)
     draw_model(model, folder / "model.png")
     if history:
         draw_history(history, falls, folder / "history.png", **of)
@@ -73,12 +75,8 @@ def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
         draws: int, number of draws of each.
     """
     originals = np.asarray(images[:count])
-    varied = [np.repeat(originals, draws, axis=0)]
-    for layer in layers:
-        varied.append(layer(varied[-1], training=True))
-    result = keras.ops.convert_to_numpy(varied[-1]).reshape(
-        len(originals), draws, *images.shape[1:]
-    )
+    varied = seen(layers, np.repeat(originals, draws, axis=0), training=True)
+    result = varied.reshape(len(originals), draws, *varied.shape[1:])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(originals),
@@ -296,6 +294,8 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None)
 def draw_attention_rollout(model, images, titles, path, source=None):
     """Where the class token's content comes from: map, overlay, and growth with depth.
 
+    The overlay is on the image as it is cut into patches, resized or cropped by then.
+
     Args:
         model: a `VisionTransformer`.
         images: array `(B, H, W, C)` of raw pixels.
@@ -305,7 +305,8 @@ def draw_attention_rollout(model, images, titles, path, source=None):
     """
     scores = attention_scores(model, images)
     depth, side = scores.shape[1], model.get_layer("patches").patch_size
-    rows, columns = images.shape[1] // side, images.shape[2] // side
+    cut = seen(model.augmentation, images)
+    rows, columns = cut.shape[1] // side, cut.shape[2] // side
     maps = [attention_rollout(scores[:, :block])[:, 0, 1:] for block in range(1, depth + 1)]
     maps = np.stack(maps, axis=1).reshape(len(images), depth, rows, columns)
     shown = np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int))
@@ -316,14 +317,14 @@ def draw_attention_rollout(model, images, titles, path, source=None):
             figsize=(1.35 * (3 + len(shown)), 1.4 * len(images) + 0.5),
             squeeze=False,
         )
-        for row, image, title, growth in zip(axes, images, titles, maps):
+        for row, image, patched, title, growth in zip(axes, images, cut, titles, maps):
             final = growth[-1]
             _show(row[0], image)
             row[0].set_ylabel(title, fontsize=8.5)
             _show_map(row[1], final)
             brightness = (final - final.min()) / np.ptp(final).clip(1e-12)
             enlarged = np.kron(brightness, np.ones((side, side)))[..., None]
-            _show(row[2], image * (0.25 + 0.75 * enlarged))
+            _show(row[2], patched * (0.25 + 0.75 * enlarged))
             for axis, block in zip(row[3:], shown):
                 _show_map(axis, growth[block])
         headings = ["image", "rollout", "overlay", *(f"block {block + 1}" for block in shown)]
@@ -336,7 +337,8 @@ def draw_attention_rollout(model, images, titles, path, source=None):
 
 def _folded(model):
     """A model to draw: all blocks but the first in one node, and the first one open beside it."""
-    model = type(model).from_config(model.get_config())  # Rewiring must not touch the original.
+    # Rewiring must not touch the original.
+    model = type(model).from_config({**model.get_config(), "augmentation": model.augmentation})
     depth = sum(isinstance(x, keras.layers.MultiHeadAttention) for x in model.layers)
     ends = [model.get_layer(f"block_{block}_mlp_sum").output for block in (1, depth)]
     before = model.get_layer("dropout").output

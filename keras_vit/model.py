@@ -1,11 +1,13 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
 import contextlib
+import math
 import typing
 from collections.abc import Sequence
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_vit.arguments import positive_integer, shape_of_image, share_below_one
 from keras_vit.execution import can_scan, scanned_train_function
@@ -15,6 +17,7 @@ from keras_vit.layers import (
     LayerNormalization,
     MixUpCutMix,
     MultiHeadAttention,
+    Normalization,
     Patches,
     PositionEmbedding,
     RandomResizedCrop,
@@ -30,8 +33,8 @@ class VisionTransformer(keras.Model):
     """Vision Transformer (Dosovitskiy et al., 2021) that carries its own preprocessing.
 
     Augmentation and normalization are the first layers of the model: it takes
-    raw pixels, augments them while training only, and a saved model cannot be
-    served with the wrong preprocessing.
+    raw pixels, augments them in `fit` and with `training=True` only, and a
+    saved model cannot be served with the wrong preprocessing.
 
     Input shape:
         4D tensor `(B, H, W, C)`, integers or floats from 0 to 255.
@@ -42,7 +45,8 @@ class VisionTransformer(keras.Model):
     Args:
         image_shape: tuple `(H, W, C)`, the shape of one image.
         num_classes: int, number of classes.
-        patch_size: int, side `P` of a patch in pixels; divides `H` and `W`.
+        patch_size: int, side `P` of a patch in pixels; divides `H` and `W`, as
+            they are behind `augmentation`.
         embed_dim: int, width `D` of a token; a multiple of `num_heads`.
         mlp_dim: int, width of the hidden layer of a block's MLP.
         num_heads: int, attention heads `A` of a block.
@@ -57,10 +61,12 @@ class VisionTransformer(keras.Model):
             patches' tokens; there is no class token then.
         class_names: list of strings, one for each class, that travel with the
             model; none by default.
-        augmentation: list of layers applied to the images of a training
-            batch, in order. By default a horizontal flip and a
-            `RandomResizedCrop` to the same size; `[]` for none. A
-            `MixUpCutMix` among them mixes the labels in the loss as well.
+        augmentation: list of layers between the images and their
+            normalization, in order. By default a horizontal flip and a
+            `RandomResizedCrop` to the same size; `[]` for none. Random layers
+            of Keras act in training alone; others, such as `Resizing`,
+            always. A `MixUpCutMix` among them mixes the labels in the loss as
+            well.
         dtype: dtype policy of the layers, such as `"mixed_bfloat16"`; by
             default the global one. Pixels and logits stay in float32.
         **kwargs: base model keyword arguments, such as `name`.
@@ -68,8 +74,8 @@ class VisionTransformer(keras.Model):
     Raises:
         ValueError: if an argument lies outside its range, if `num_heads` does not
             divide `embed_dim`, `patch_size` not the image, if there are more
-            or fewer names than classes, or if several layers of the
-            augmentation mix images.
+            or fewer names than classes, or if `augmentation` holds what is no
+            layer, returns no images or mixes them without their labels.
 
     Example:
 
@@ -124,20 +130,25 @@ class VisionTransformer(keras.Model):
             )
         if augmentation is None:
             augmentation = default_augmentation(image_shape)
-        mixing = [layer for layer in augmentation if isinstance(layer, MixUpCutMix)]
+        augmentation = _checked(augmentation)
+        mixing = [
+            inner
+            for layer in augmentation
+            for inner in layer._flatten_layers()
+            if isinstance(inner, MixUpCutMix)
+        ]
         if len(mixing) > 1:
             raise ValueError(
                 "Expected one layer of `augmentation` to mix images at most. "
-                f"Received: augmentation={list(augmentation)}"
+                f"Received: augmentation={augmentation}"
             )
 
         policy = keras.dtype_policies.get(dtype)
         with _default_policy(policy):
-            images = x = keras.Input(image_shape, name="images")
-            for layer in augmentation:
-                x = layer(x)
+            images = keras.Input(image_shape, name="images", dtype="float32")
+            x = _augmented(images, augmentation)
             # Pixels stay in float32 under mixed precision: bfloat16 would round them.
-            x = keras.layers.Normalization(dtype="float32", name="normalization")(x)
+            x = Normalization(dtype="float32", name="normalization")(x)
             x = Patches(patch_size, name="patches")(x)
             x = dense(embed_dim, name="patch_embedding")(x)
             if pooling == "token":
@@ -158,7 +169,7 @@ class VisionTransformer(keras.Model):
             logits = dense(num_classes, dtype="float32", name="head")(x)
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
-        self.augmentation = list(augmentation)
+        self.augmentation = augmentation
         self._mixing = mixing
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
@@ -175,12 +186,23 @@ class VisionTransformer(keras.Model):
     def adapt(self, images: np.ndarray) -> None:
         """Learns mean and variance of each channel; call it before `fit`, with training images.
 
+        They are those of the images as they reach the normalization: behind the layers of
+        `augmentation`, which act as in inference. A channel that does not vary is centred and not
+        scaled, with a warning.
+
         Args:
             images: array `(B, H, W, C)` of raw pixels.
+
+        Raises:
+            ValueError: if there is no image.
         """
-        # Of all images at once, Keras would make a copy eight times as large as they are.
-        groups = (images[start : start + 1024] for start in range(0, len(images), 1024))
-        self.get_layer("normalization").adapt(groups)
+        normalization = self.get_layer("normalization")
+        before = keras.Model(self.input, normalization.input)
+        # A few megabytes at a time: all of them as floats would fill the memory.
+        most = max(math.prod(shape[1:]) for shape in (before.input_shape, before.output_shape))
+        size = max(1, 2**22 // most)
+        groups = (images[start : start + size] for start in range(0, len(images), size))
+        normalization.adapt(ops.convert_to_numpy(before(x, training=False)) for x in groups)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """Keras's loss of a batch; where training mixed its images, the loss mixes their labels."""
@@ -203,21 +225,104 @@ class VisionTransformer(keras.Model):
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
-        frozen = [layer.name for layer in self.layers if not layer.trainable]
-        return {**self._config, "augmentation": layers, "name": self.name, "frozen": frozen}
+        inside = list(_inside(self))
+        return {
+            **self._config,
+            "augmentation": layers,
+            "name": self.name,
+            "trainable_layers": {
+                path: layer.trainable
+                for path, layer, parent in inside
+                if layer.trainable != parent.trainable
+            },
+            "quantized_layers": {
+                path: _quantization(layer)
+                for path, layer, _ in inside
+                if layer.quantization_mode is not None
+            },
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         layers = [
-            keras.saving.deserialize_keras_object(layer, custom_objects=custom_objects)
+            layer
+            if isinstance(layer, keras.layers.Layer)
+            else keras.saving.deserialize_keras_object(layer, custom_objects=custom_objects)
             for layer in config["augmentation"]
         ]
         settings = {**config, "augmentation": layers}
-        frozen = settings.pop("frozen", [])
+        # Files of earlier versions list the frozen layers of the graph.
+        trainable = dict.fromkeys(settings.pop("frozen", ()), False)
+        trainable |= settings.pop("trainable_layers", {})
+        quantized = settings.pop("quantized_layers", {})
         model = cls(**settings)
-        for name in frozen:
-            model.get_layer(name).trainable = False
+        for path, layer, _ in _inside(model):
+            if path in quantized and layer.quantization_mode is None:
+                settings = keras.saving.deserialize_keras_object(quantized[path]["config"])
+                layer.quantize(quantized[path]["mode"], config=settings)
+            if path in trainable:
+                layer.trainable = trainable[path]
         return model
+
+
+def _inside(layer, path=""):
+    """Path, layer and parent of all layers inside of one, each before those that it has inside."""
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        yield path + inner.name, inner, layer
+        yield from _inside(inner, f"{path}{inner.name}/")
+
+
+def _quantization(layer):
+    """How a layer is quantized, for a file."""
+    config = getattr(layer, "quantization_config", None)
+    return {
+        "mode": layer.quantization_mode,
+        "config": keras.saving.serialize_keras_object(config),
+    }
+
+
+def _checked(augmentation):
+    """A list of layers, all of which can vary images inside of a model."""
+    if not isinstance(augmentation, Sequence) or not all(
+        isinstance(layer, keras.layers.Layer) for layer in augmentation
+    ):
+        raise ValueError(
+            "Expected `augmentation` to be a list of Keras layers. "
+            f"Received: augmentation={augmentation!r}"
+        )
+    # Keras may have given the names of ours to layers of its own.
+    names = ["normalization", "dropout", *(layer.name for layer in augmentation)]
+    for layer in augmentation:
+        if names.count(layer.name) > 1:
+            raise ValueError(
+                "Expected each layer of `augmentation` once, under a name that no other layer of "
+                f"the model has. Received: {layer.name!r} twice. Pass `name` to this "
+                f"{type(layer).__name__}."
+            )
+        for inner in layer._flatten_layers():
+            if isinstance(inner, (keras.layers.MixUp, keras.layers.CutMix)):
+                raise ValueError(
+                    "Expected layers in `augmentation` that leave the labels right. Received: "
+                    f"{inner.name!r}, a {type(inner).__name__} of Keras's, which mixes images "
+                    "alone. `keras_vit.MixUpCutMix` mixes their labels in the loss, too."
+                )
+    return list(augmentation)
+
+
+def _augmented(images, augmentation):
+    """Symbolic images `(B, H, W, C)` behind the layers of an augmentation."""
+    for layer in augmentation:
+        # Left to themselves, Keras's image layers act as in training. What the model is called
+        # with, as by `fit`, overrules what is said here.
+        images = layer(images, training=False)
+        shape = getattr(images, "shape", None)
+        if shape is None or len(shape) != 4 or None in shape[1:]:
+            raise ValueError(
+                "Expected the layers of `augmentation` to return images of shape (batch, height, "
+                "width, channels) with a known height, width and number of channels. Received: "
+                f"shape={shape} from {layer.name!r}, a {type(layer).__name__}"
+            )
+    return images
 
 
 @contextlib.contextmanager
@@ -244,6 +349,37 @@ def default_augmentation(image_shape, horizontal_flip=True, **crop):
     flip = keras.layers.RandomFlip("horizontal", name="random_flip", **like_pixels)
     crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels, **crop)
     return [flip, crop] if horizontal_flip else [crop]
+
+
+def seen(layers, images, training=False):
+    """Images behind the layers of an augmentation, for people to look at.
+
+    What layers such as `Rescaling` do to the range of pixels is undone, channel by channel: what
+    they make of a black and of a white image is 0 and 255 again.
+
+    Args:
+        layers: list of layers.
+        images: array `(B, H, W, C)`, 0 to 255.
+        training: bool, whether random layers act.
+
+    Returns:
+        Array of float32, in the size in which images leave the layers.
+    """
+
+    def behind(images, training=False):
+        for layer in layers:
+            images = layer(images, training=training)
+        return ops.convert_to_numpy(images).astype("float32")
+
+    images = np.asarray(images, "float32")
+    result = behind(images, training)
+    black, white = (
+        behind(np.full_like(images[:1], value)).mean(axis=(0, 1, 2)) for value in (0, 255)
+    )
+    same = np.isclose(black, white)
+    black = np.where(same, result.min(axis=(0, 1, 2)), black)
+    white = np.where(same, result.max(axis=(0, 1, 2)), white)
+    return 255 * (result - black) / np.where(white == black, 1, white - black)
 
 
 def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skipping=0.0):

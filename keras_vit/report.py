@@ -28,7 +28,7 @@ SECTIONS = {
         ("model.default_augmentation", "training.augmentation"),  # And the layers themselves.
     ),
     "place": (None, ("model.VisionTransformer",)),
-    "data": (None, ("data.load_dataset", "data.Batches", "model.VisionTransformer.adapt")),
+    "data": (None, ("data.load_dataset", "data.Batches", "layers.Normalization")),
     "patches": (None, ("layers.Patches",)),
     "shown": ("patches.png", ("figures.draw_patches",)),
     "model": (
@@ -184,7 +184,8 @@ def _describe_augmentation(section, layers, texts):
     names = [type(layer).__name__ for layer in layers]
     described = [texts["layers"][name] for name in names if name in texts["layers"]]
     section["paragraphs"] = section["paragraphs"] + (described if names else [texts["without"]])
-    ours = [name for name in names if hasattr(keras_vit.layers, name)]
+    kinds = zip(names, map(type, layers))
+    ours = [name for name, kind in kinds if getattr(keras_vit.layers, name, None) is kind]
     section["objects"] = [_source(f"layers.{name}") for name in ours] + section["objects"]
 
 
@@ -200,7 +201,7 @@ def _facts(run_dir, model, dataset, number):
         for name in ("config", "metrics")
     )
     height, width, channels = dataset.image_shape
-    side = model.get_layer("patches").patch_size
+    patches = model.get_layer("patches")
     falls = step_schedule(config["learning_rate"], metrics["epochs"], config["milestones"])[1]
     normalization = model.get_layer("normalization")
     return {
@@ -213,8 +214,9 @@ def _facts(run_dir, model, dataset, number):
         "accuracy": number(f"{metrics['accuracy']:.2%}"),
         "calibration_error": number(f"{metrics['calibration_error']:.1%}"),
         **{"height": height, "width": width, "channels": channels},
-        **{"patch": side, "patches": (height // side) * (width // side)},
-        "numbers": side * side * channels,
+        "patch": patches.patch_size,
+        **dict(zip(("cut_height", "cut_width"), patches.input.shape[1:3])),
+        **dict(zip(("patches", "numbers"), patches.output.shape[1:])),
         "falls": falls,
         "classes": dataset.class_names,
         "augmentation": [type(layer).__name__ for layer in model.augmentation],

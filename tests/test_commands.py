@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import VisionTransformer, commands, load_model
+from keras_vit import RandomResizedCrop, VisionTransformer, commands, load_model
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--epochs=1"]
 
@@ -194,6 +194,29 @@ def test_what_is_exported_takes_pixels_and_gives_probabilities(place):
     np.testing.assert_allclose(exported.predict(images, verbose=0), expected, atol=1e-5)
     names = {type(layer).__name__ for layer in exported._flatten_layers()}
     assert not names & {"RandomFlip", "RandomResizedCrop"}
+
+
+def test_layers_that_change_images_in_inference_are_exported_and_no_others():
+    from keras_vit.export import served
+
+    layers = [
+        keras.layers.RandomFlip("horizontal"),
+        keras.layers.Rescaling(1 / 255),
+        keras.layers.RandomContrast(0.5),
+        RandomResizedCrop(4, 8),
+        keras.layers.Lambda(lambda x: x * x),
+    ]
+    sizes = {"embed_dim": 8, "mlp_dim": 8, "num_heads": 2, "depth": 1}
+    model = VisionTransformer((16, 16, 3), augmentation=layers, **sizes)
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3))
+    model.adapt(images)
+    exported = served(model)
+    expected = keras.ops.softmax(model.predict(images, verbose=0))
+    np.testing.assert_allclose(
+        exported.predict(images, verbose=0), keras.ops.convert_to_numpy(expected), atol=1e-6
+    )
+    kinds = [type(layer).__name__ for layer in exported.layers[1:5]]
+    assert kinds == ["Rescaling", "RandomResizedCrop", "Lambda", "Normalization"]
 
 
 def test_a_frozen_model_is_exported_as_well(place):

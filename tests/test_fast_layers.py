@@ -79,12 +79,13 @@ def test_what_the_fused_attention_does_not_cover_is_left_to_keras(wish):
     )
 
 
-def test_attention_survives_quantization_to_int8():
+@pytest.mark.parametrize("filters", [None, "attention_output", "key"])
+def test_attention_survives_quantization_to_int8_in_part_as_well(filters):
     tokens = normal(0, 2, 5, 8)
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, MultiHeadAttention(2, 4)(inputs, inputs))
     before = model.predict(tokens, verbose=0)
-    model.quantize("int8")
+    model.quantize("int8", filters=filters)
     np.testing.assert_allclose(model.predict(tokens, verbose=0), before, atol=0.1)
 
 

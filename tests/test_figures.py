@@ -1,12 +1,16 @@
+import base64
 import dataclasses
+import io
 
 import keras
 import matplotlib.image
 import numpy as np
 import pytest
+from PIL import Image
 
-from keras_vit import VisionTransformer, figures
+from keras_vit import VisionTransformer, explorer, figures
 from keras_vit.data import Dataset
+from keras_vit.model import seen
 
 NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
 HISTORY = {
@@ -58,6 +62,33 @@ def test_every_picture_of_data_names_the_data_set(
     monkeypatch.setattr(figures.plt, "close", drawn.append)
     figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
+
+
+def test_pictures_show_images_as_they_are_cut_into_patches(tmp_path, dataset, probabilities):
+    layers = keras.layers.Rescaling(1 / 255), keras.layers.Resizing(12, 16)
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 1}
+    model = VisionTransformer((8, 12, 3), 3, augmentation=layers, **sizes)
+    figures.draw_all(model, dataset, probabilities, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+    images = dataset.test_images[:2]
+    page = explorer.pack(model, images, ["one", "two"])
+    assert [page[key] for key in ("rows", "columns", "height", "width")] == [3, 4, 12, 16]
+    content = base64.b64decode(page["images"][1]["source"].split(",")[1])
+    shown = np.asarray(Image.open(io.BytesIO(content))).astype("float32")
+    resized = keras.ops.convert_to_numpy(layers[1](images.astype("float32")))[1]
+    np.testing.assert_allclose(shown, resized, atol=0.51)
+
+
+def test_what_layers_do_to_the_range_of_pixels_is_undone_to_look_at_them(dataset):
+    images = dataset.test_images[:4]
+    layers = [
+        keras.layers.Rescaling(-2.0, offset=9.0),
+        keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 5.0, 6.0]),
+        keras.layers.CenterCrop(4, 6),
+    ]
+    np.testing.assert_allclose(seen(layers, images), images[:, 2:6, 3:9], atol=1e-3)
+    grey = keras.layers.Lambda(lambda x: 0 * x)
+    assert not seen([grey], images).any()
 
 
 def test_of_very_many_patches_the_first_are_drawn(tmp_path):

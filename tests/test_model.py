@@ -1,6 +1,7 @@
 """The model against its description: an independent PyTorch one, parameter counts, saved files."""
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from keras import ops
 
 import keras_vit
+from keras_vit.layers import Normalization
 
 SIZES = {
     "image_shape": (8, 8, 3),
@@ -72,6 +74,32 @@ def default_model():
 def saved(model, tmp_path):
     model.save(tmp_path / "model.keras")
     return tmp_path / "model.keras"
+
+
+class Blackout(keras.layers.Layer):
+    """Black images in training and by default, as Keras's own random layers have it."""
+
+    def call(self, images, training=True):
+        return 0 * images if training else images
+
+
+class Invert(keras.layers.Layer):
+    """A layer that leads through another one, and takes no `training` itself."""
+
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, images):
+        return 255 - self.inner(images)
+
+
+def inferred(model, images):
+    return ops.convert_to_numpy(model(images))
+
+
+def in_training(model, images):
+    return ops.convert_to_numpy(model(images, training=True))
 
 
 def layers_of(model, kind):
@@ -166,9 +194,9 @@ def test_flip_crop_and_normalization_come_first_and_in_this_order(default_model)
     def before(layer):
         return layer.input._keras_history.operation
 
-    (norm,) = layers_of(default_model, keras.layers.Normalization)
+    (norm,) = layers_of(default_model, Normalization)
     chain = [norm, before(norm), before(before(norm)), before(before(before(norm)))]
-    kinds = [keras.layers.Normalization, keras_vit.RandomResizedCrop]
+    kinds = [Normalization, keras_vit.RandomResizedCrop]
     kinds += [keras.layers.RandomFlip, keras.layers.InputLayer]
     assert [type(layer) for layer in chain] == kinds
     crop, flip = chain[1], chain[2]
@@ -177,14 +205,98 @@ def test_flip_crop_and_normalization_come_first_and_in_this_order(default_model)
     assert flip.mode == "horizontal"
 
 
-def test_adapt_gives_each_channel_mean_zero_and_variance_one():
+def normalized(model, images):
+    """What the patches are cut from, `(B, H, W, C)` in float64."""
+    (norm,) = layers_of(model, Normalization)
+    pixels = keras.Model(model.input, norm.output)(images)
+    return ops.convert_to_numpy(pixels).astype("float64")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: [keras.layers.RandomFlip("horizontal")],
+        lambda: [keras.layers.Rescaling(1 / 255), keras.layers.RandomBrightness(0.1)],
+        lambda: [keras.layers.Resizing(12, 16)],
+        lambda: [keras.layers.CenterCrop(4, 4)],
+        lambda: [keras_vit.RandomResizedCrop(4, 8)],
+        lambda: [keras.layers.Normalization(mean=9.0, variance=4.0, name="mine")],
+        lambda: [keras.layers.Lambda(lambda x: x * x)],
+    ],
+    ids=["flip", "rescaling", "resizing", "center_crop", "crop", "normalization", "lambda"],
+)
+def test_adapt_measures_what_reaches_the_normalization(make):
     images = random_images(3, 50, 8, 8, 3)
-    model = keras_vit.VisionTransformer(**SIZES)
+    model = make_model(augmentation=make(), depth=1)
     model.adapt(images)
-    (norm,) = layers_of(model, keras.layers.Normalization)
-    normalized = predict(keras.Model(model.input, norm.output), images).astype("float64")
-    np.testing.assert_allclose(normalized.mean(axis=(0, 1, 2)), 0, atol=1e-4)
-    np.testing.assert_allclose(normalized.var(axis=(0, 1, 2)), 1, atol=1e-3)
+    found = normalized(model, images)
+    np.testing.assert_allclose(found.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(found.var(axis=(0, 1, 2)), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 77, 255, 0.1])
+def test_a_channel_that_does_not_vary_is_centred_and_not_scaled(value):
+    images = random_images(3, 3000, 8, 8, 3).astype("float32")
+    images[..., 1] = value
+    model = make_model(augmentation=[keras_vit.TrivialAugment()], depth=1)
+    with pytest.warns(UserWarning, match="Of 3 channels, counted from 0, 1 do not vary") as warned:
+        model.adapt(images)
+    assert [x.category for x in warned].count(UserWarning) == 1
+    norm = model.get_layer("normalization")
+    mean, variance = (ops.convert_to_numpy(x) for x in (norm.mean, norm.variance))
+    assert (mean[1], variance[1]) == (np.float32(value), 0)
+    one_more = images[:2] + np.float32([0, 1, 0])
+    np.testing.assert_allclose(normalized(model, one_more)[..., 1], 1, atol=1e-6)
+    assert np.abs(in_training(keras.Model(model.input, norm.output), images[:64])).max() < 256
+
+
+def test_mean_and_variance_are_numpys_in_float64():
+    offset = np.float32([0, 1000, -5])
+    images = random_images(3, 7000, 8, 8, 3) * np.float32([1, 0.01, 1e-3]) + offset
+    norm = Normalization(dtype="float32")
+    norm.adapt(images[start : start + 999] for start in range(0, 7000, 999))
+    pixels = images.astype("float64")
+    for found, expected in (
+        (norm.mean, pixels.mean((0, 1, 2))),
+        (norm.variance, pixels.var((0, 1, 2))),
+    ):
+        np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="at least one batch"):
+        norm.adapt([])
+
+
+@pytest.mark.parametrize("floatx", ["float16", "float64"])
+def test_a_model_is_adapted_whatever_keras_s_default_type_of_floats_is(floatx):
+    images = random_images(3, 50, 8, 8, 3)
+    before = keras.config.dtype_policy()
+    try:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(floatx)
+        model = keras_vit.VisionTransformer(**SIZES)
+        model.adapt(images)
+        assert model.get_layer("block_1_attention").compute_dtype == floatx
+        found = normalized(model, images), inferred(model, images)
+    finally:
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy(before)
+    np.testing.assert_allclose(found[0].var(axis=(0, 1, 2)), 1, atol=1e-5)
+    assert found[1].dtype == np.float32 and np.isfinite(found[1]).all()
+
+
+def test_adapt_and_set_weights_count_after_predict_evaluate_and_fit():
+    images, labels = random_images(4, 6, 8, 8, 3), np.arange(6) % 5
+    model, other = make_model(dropout=0.0), make_model(seed=1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    model.fit(images, labels, verbose=0)
+    first, first_loss = predict(model, images), model.evaluate(images, labels, verbose=0)
+    model.adapt(images // 2)
+    second, second_loss = predict(model, images), model.evaluate(images, labels, verbose=0)
+    assert np.abs(second - first).max() > 0.1 and abs(second_loss - first_loss) > 0.01
+    np.testing.assert_allclose(second, inferred(model, images), atol=1e-5)
+    other.adapt(images // 3)
+    model.set_weights(other.get_weights())
+    np.testing.assert_allclose(predict(model, images), predict(other, images), atol=1e-5)
 
 
 def test_uint8_and_float_images_give_equal_logits(model):
@@ -195,12 +307,65 @@ def test_uint8_and_float_images_give_equal_logits(model):
         np.testing.assert_allclose(predict(model, images.astype(dtype)), expected, atol=1e-6)
 
 
-def test_predict_is_deterministic_and_training_is_not(model):
-    images = random_images(5, 6, 8, 8, 3)
-    np.testing.assert_array_equal(predict(model, images), predict(model, images))
-    one, two = (ops.convert_to_numpy(model(images, training=True)) for _ in range(2))
-    assert np.abs(one - two).max() > 1e-2
-    assert np.abs(one - predict(model, images)).max() > 1e-2
+def nested(model):
+    """The model, and what people put it into or cut out of it."""
+    images = keras.Input((8, 8, 3))
+    cut = keras.Model(model.input, model.layers[-2].output)
+    return {
+        "itself": model,
+        "Sequential": keras.Sequential([images, keras.layers.Rescaling(1.0), model]),
+        "functional": keras.Model(images, keras.layers.Softmax()(model(images))),
+        "cut": cut,
+        "cut within": keras.Model(images, cut(images)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["itself", "Sequential", "functional", "cut", "cut within"])
+def test_whoever_leaves_training_out_gets_inference(model, kind):
+    images, whole = random_images(5, 6, 8, 8, 3), nested(model)[kind]
+    expected = predict(whole, images)
+    for _ in range(2):
+        np.testing.assert_allclose(inferred(whole, images), expected, atol=1e-5)
+    again = keras.models.clone_model(whole)
+    np.testing.assert_array_equal(inferred(again, images), inferred(again, images))
+    assert np.abs(in_training(whole, images) - expected).max() > 1e-2
+    assert np.abs(in_training(whole, images) - in_training(whole, images)).max() > 1e-2
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="formats of TensorFlow")
+@pytest.mark.parametrize("kind", ["itself", "cut within"])
+def test_compiled_and_exported_functions_infer(model, kind, tmp_path):
+    import tensorflow as tf
+
+    images, whole = random_images(5, 6, 8, 8, 3).astype("float32"), nested(model)[kind]
+    expected = predict(whole, images)
+    whole.export(tmp_path / "model", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "model")
+    compiled = [tf.function(whole), tf.function(whole, jit_compile=True), loaded.serve]
+    for function in compiled:
+        np.testing.assert_allclose(function(images), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [
+        ("itself", Blackout()),
+        ("Sequential", Invert(Blackout())),
+        ("functional", keras.Sequential([Blackout()])),
+    ],
+)
+def test_any_random_layer_acts_in_fit_alone(kind, layer):
+    """In training all images are black: the loss of `fit` is that of `evaluate` on black ones."""
+    model = make_model(dropout=0.0, augmentation=[layer])
+    whole = nested(model)[kind]
+    images, labels = random_images(5, 6, 8, 8, 3), np.arange(6) % 5
+    expected = predict(whole, images)
+    np.testing.assert_allclose(inferred(whole, images), expected, atol=1e-5)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=kind != "functional")
+    whole.compile(keras.optimizers.SGD(0.0), loss)
+    in_fit = whole.fit(images, labels, verbose=0).history["loss"][0]
+    assert in_fit == pytest.approx(whole.evaluate(0 * images, labels, verbose=0), rel=1e-4)
+    assert in_fit != pytest.approx(whole.evaluate(images, labels, verbose=0), rel=1e-2)
 
 
 def test_augmentation_acts_in_training_alone_and_not_through_dropout():
@@ -221,6 +386,7 @@ def test_an_empty_list_of_augmentation_leaves_the_images_alone_while_training():
 def test_augmentation_of_ones_own_takes_the_place_of_the_default():
     invert = keras.layers.Rescaling(-1.0, offset=255.0)
     inverting, plain = make_model(augmentation=[invert]), make_model(augmentation=[])
+    plain.adapt(255 - random_images(100, 32, 8, 8, 3))
     images = random_images(8, 6, 8, 8, 3)
     logits = predict(inverting, images)
     np.testing.assert_allclose(logits, predict(plain, 255 - images), atol=1e-5)
@@ -301,14 +467,35 @@ def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
     np.testing.assert_allclose(variance, pixels.var(axis=(0, 1, 2)), rtol=1e-4)
 
 
-def test_a_frozen_layer_stays_frozen_in_a_file(tmp_path):
+def test_what_is_frozen_stays_frozen_in_a_file_inner_layers_as_well(tmp_path):
     model = make_model()
-    model.get_layer("block_1_attention").trainable = False
+    model.get_layer("block_1_attention").query_dense.trainable = False
+    model.get_layer("block_2_attention").trainable = False
+    model.get_layer("block_2_attention").value_dense.trainable = True
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     frozen = [layer.name for layer in again.layers if not layer.trainable]
-    assert frozen == ["block_1_attention"]
-    assert len(again.trainable_weights) == len(model.trainable_weights)
+    assert frozen == ["block_2_attention"]
+    learning = [weight.path for weight in model.trainable_weights]
+    assert [weight.path for weight in again.trainable_weights] == learning
+    # As earlier versions wrote it down.
+    config = {**model.get_config(), "frozen": ["head"]}
+    del config["trainable_layers"], config["quantized_layers"]
+    assert not keras_vit.VisionTransformer.from_config(config).get_layer("head").trainable
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_model_is_loaded_as_it_was_saved(mode, tmp_path):
+    model = make_model(depth=1)
+    images = random_images(11, 6, 8, 8, 3)
+    whole = inferred(model, images)
+    model.quantize(mode)
+    expected = inferred(model, images)
+    assert 0 < np.abs(expected - whole).max() < np.abs(whole).max()
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert json.dumps(again.get_config()) == json.dumps(model.get_config())
+    np.testing.assert_allclose(inferred(again, images), expected, atol=1e-6)
 
 
 def test_a_loaded_model_can_be_adapted_and_saved_again(saved, tmp_path):

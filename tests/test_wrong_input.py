@@ -247,6 +247,22 @@ FUNCTIONS = {
     "depth=True": lambda: small(depth=True),
     "dropout=1.5": lambda: small(dropout=1.5),
     "stochastic_depth=1": lambda: small(stochastic_depth=1),
+    "augmentation='flip'": lambda: small(augmentation="flip"),
+    "augmentation=[<built-in function abs>]": lambda: small(augmentation=[abs]),
+    "shape=(None, 192) from 'flatten_1'": lambda: small(
+        augmentation=[keras.layers.Flatten(name="flatten_1")]
+    ),
+    "patch_size=4, height=6, width=8": lambda: small(augmentation=[keras.layers.Resizing(6, 8)]),
+    "'dropout' twice. Pass `name` to this SpatialDropout2D": lambda: small(
+        augmentation=[keras.layers.SpatialDropout2D(0.1, name="dropout")]
+    ),
+    "'flip' twice": lambda: small(
+        augmentation=[keras.layers.RandomFlip("horizontal", name="flip")] * 2
+    ),
+    "'mix', a MixUp of Keras's": lambda: small(
+        augmentation=[keras.layers.Pipeline([keras.layers.MixUp(name="mix")])]
+    ),
+    "Received: none": lambda: small().adapt(np.zeros((0, 8, 8, 3))),
     "mixup='much'": lambda: keras_vit.MixUpCutMix(mixup="much"),
     "dropout='much'": lambda: small(dropout="much"),
     "dropout=nan": lambda: small(dropout=float("nan")),

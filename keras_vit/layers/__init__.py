@@ -4,7 +4,7 @@ from keras_vit.layers.activations import gelu
 from keras_vit.layers.attention import MultiHeadAttention
 from keras_vit.layers.dropout import Dropout
 from keras_vit.layers.mix import MixUpCutMix
-from keras_vit.layers.normalization import LayerNormalization
+from keras_vit.layers.normalization import LayerNormalization, Normalization
 from keras_vit.layers.patches import Patches
 from keras_vit.layers.random_resized_crop import RandomResizedCrop
 from keras_vit.layers.tokens import ClassToken, PositionEmbedding
@@ -16,6 +16,7 @@ __all__ = [
     "LayerNormalization",
     "MixUpCutMix",
     "MultiHeadAttention",
+    "Normalization",
     "Patches",
     "PositionEmbedding",
     "RandomResizedCrop",

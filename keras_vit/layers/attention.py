@@ -80,6 +80,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
     def _is_plain(self, query, value):
         """Whether this is attention between tokens `(B, T, D)` without any extra."""
         shapes = query.shape, value.shape
+        projections = self._query_dense, self._key_dense, self._value_dense, self._output_dense
         return (
             all(len(shape) == 3 and shape[1] is not None for shape in shapes)
             and self._key_dim == self._value_dim
@@ -89,7 +90,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
             and self._activity_regularizer is None
             and not self._use_gate
             and not self._flash_attention
-            and self._query_dense.quantization_mode is None
+            and all(dense.quantization_mode is None for dense in projections)
         )
 
     def _project(self, tokens, projections):

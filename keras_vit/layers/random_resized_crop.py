@@ -29,7 +29,9 @@ class RandomResizedCrop(keras.layers.RandomCrop):
     matrices, as resampling is separable and linear. Both have a gradient.
 
     With `training=False` the whole image is resized; images that have the
-    target size already pass unchanged.
+    target size already pass unchanged. Called on its own without `training`,
+    the layer crops at random, as Keras's image layers do; a
+    `VisionTransformer` crops in training only.
 
     **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
     backend Keras runs on.
