@@ -11,7 +11,8 @@ class LabelSmoothingCrossentropy(keras.losses.Loss):
     """Cross-entropy of logits and integer labels with label smoothing (Szegedy et al., 2016).
 
     `keras.losses.CategoricalCrossentropy` smooths labels as well, but wants
-    them one-hot; the sparse one does not smooth.
+    them one-hot; the sparse one does not smooth. Labels have the shape `(B,)`
+    or `(B, 1)`, logits `(B, num_classes)`.
 
     Args:
         label_smoothing: float in [0, 1], probability that is taken from the
@@ -19,7 +20,8 @@ class LabelSmoothingCrossentropy(keras.losses.Loss):
         **kwargs: base loss keyword arguments, such as `name`.
 
     Raises:
-        ValueError: if `label_smoothing` lies outside its range.
+        ValueError: if `label_smoothing` lies outside its range, or if labels
+            are one-hot.
 
     Example:
 
@@ -32,8 +34,15 @@ class LabelSmoothingCrossentropy(keras.losses.Loss):
         self.label_smoothing = share("label_smoothing", label_smoothing)
 
     def call(self, labels, logits):
-        if len(labels.shape) == len(logits.shape):
+        if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:
             labels = ops.squeeze(labels, axis=-1)
+        if len(labels.shape) != len(logits.shape) - 1:
+            raise ValueError(
+                "Expected integer labels of shape (B,) or (B, 1) for logits (B, num_classes). For "
+                "one-hot labels, use `keras.losses.CategoricalCrossentropy(from_logits=True, "
+                f"label_smoothing={self.label_smoothing})`. Received: "
+                f"labels.shape={tuple(labels.shape)}, logits.shape={tuple(logits.shape)}"
+            )
         return keras.losses.categorical_crossentropy(
             ops.one_hot(ops.cast(labels, "int32"), logits.shape[-1], dtype=logits.dtype),
             logits,

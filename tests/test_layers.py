@@ -1,4 +1,4 @@
-"""Patches against slices of an image; class token and positions against their own weights."""
+"""Each layer as Keras tests its own; patches against slices, tokens against their weights."""
 
 import json
 
@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_vit import Patches
-from keras_vit.layers import ClassToken, PositionEmbedding
+from keras_vit.layers import (
+    ClassToken,
+    Dropout,
+    LayerNormalization,
+    MixUpCutMix,
+    Patches,
+    PositionEmbedding,
+    RandomResizedCrop,
+    TrivialAugment,
+)
 
 
 def to_numpy(tensor):
@@ -29,6 +37,74 @@ def sliced(image, side):
             for left in range(0, width, side)
         ]
     )
+
+
+# What Keras asks of its own layers
+
+IMAGES, TOKENS = (2, 8, 12, 3), (2, 5, 8)
+# Class, arguments, shapes of input and output, weights and seed generators.
+LAYERS = [
+    (ClassToken, {}, TOKENS, (2, 6, 8), 1, 0),
+    (Dropout, {"rate": 0.2}, TOKENS, TOKENS, 0, 1),
+    (LayerNormalization, {}, TOKENS, TOKENS, 2, 0),
+    (MixUpCutMix, {"seed": 1}, IMAGES, IMAGES, 1, 1),
+    (Patches, {"patch_size": 4}, IMAGES, (2, 6, 48), 0, 0),
+    (PositionEmbedding, {}, TOKENS, TOKENS, 1, 0),
+    (RandomResizedCrop, {"height": 4, "width": 6}, IMAGES, (2, 4, 6, 3), 0, 1),
+    (RandomResizedCrop, {"height": 8, "width": 12}, IMAGES, IMAGES, 0, 1),
+    (TrivialAugment, {"seed": 1}, IMAGES, IMAGES, 0, 1),
+]
+
+
+@pytest.mark.parametrize(("kind", "arguments", "shape", "expected", "weights", "seeds"), LAYERS)
+def test_a_layer_is_built_and_rebuilt_from_its_config(
+    kind, arguments, shape, expected, weights, seeds
+):
+    layer = kind(**arguments)
+    assert layer.compute_output_shape(shape) == expected
+    layer.build(shape)
+    assert len(layer.weights) == weights
+    assert len(layer.variables) == weights + seeds
+    again = kind.from_config(json.loads(json.dumps(layer.get_config())))
+    assert again.get_config() == layer.get_config()
+
+
+DTYPES = [("float32", "float32"), ("mixed_bfloat16", "float32")]
+INTEGER_DTYPES = [("float32", "uint8"), ("uint8", "float32"), ("uint8", "uint8")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "shape", "expected", "policy", "dtype"),
+    [
+        (*row[:4], *dtypes)
+        for row in LAYERS
+        for dtypes in DTYPES + (INTEGER_DTYPES if row[2] is IMAGES else [])
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_symbolic_eager_and_graph_results_agree(
+    kind, arguments, shape, expected, policy, dtype, training
+):
+    layer = kind(**arguments, dtype=policy)
+    images = (100 * np.abs(normal(12, *shape))).astype(dtype)
+    keywords = {} if kind in (Patches, ClassToken, PositionEmbedding) else {"training": training}
+    symbolic = layer(keras.Input(batch_shape=shape, dtype=dtype), **keywords)
+    assert symbolic.shape == expected
+    results = [layer(images, **keywords)]
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        results.append(tf.function(lambda x: layer(x, **keywords))(tf.constant(images)))
+    for result in results:
+        assert tuple(result.shape) == expected
+        assert keras.backend.standardize_dtype(result.dtype) == symbolic.dtype
+    if not training:
+        first, last = to_numpy(results[0]), to_numpy(results[-1])
+        np.testing.assert_allclose(first, last, rtol=1e-4, atol=1e-4)
+
+
+def test_a_stateless_layer_is_built_from_the_start():
+    assert Patches(4).built
 
 
 # Patches

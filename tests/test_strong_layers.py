@@ -34,7 +34,8 @@ def photo(seed, height=32, width=40):
 
 def one_distorted(image, name, strength):
     kind = np.array([KINDS.index(name)])
-    return to_numpy(distort(image[None], kind, np.array([strength], "float32")))[0]
+    strengths = np.array([strength], "float32")
+    return to_numpy(distort(image[None], kind, strengths, TrivialAugment().backend))[0]
 
 
 # TrivialAugment
@@ -78,8 +79,9 @@ def distorted():
     kinds = np.repeat(np.arange(len(KINDS)), len(STRENGTHS))
     strengths = np.tile(STRENGTHS, len(KINDS)).astype("float32")
     shape = (len(KINDS), len(STRENGTHS), 32, 40, 3)
+    backend = TrivialAugment().backend
     images = [np.repeat(image[None], len(kinds), axis=0) for image in (photo(0), EVEN)]
-    return [to_numpy(distort(batch, kinds, strengths)).reshape(shape) for batch in images]
+    return [to_numpy(distort(batch, kinds, strengths, backend)).reshape(shape) for batch in images]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -110,7 +112,7 @@ def test_a_flat_image_has_no_contrast_to_stretch():
 def test_kinds_and_strengths_are_drawn_evenly(monkeypatch):
     seen = {}
 
-    def noted(images, kind, strength):
+    def noted(images, kind, strength, backend):
         seen.update(kind=to_numpy(kind), strength=to_numpy(strength))
         return images
 
@@ -133,6 +135,38 @@ def test_any_number_of_channels_stays_within_the_range_of_pixels(channels):
     assert out.min() >= 0
     assert out.max() <= 255.01
     np.testing.assert_array_equal(to_numpy(TrivialAugment()(images, training=False)), images)
+
+
+def test_an_integer_dtype_rounds_the_distorted_pixels():
+    images = random_images(10, 56, 9, 7, 3)
+    expected, rounded = (
+        TrivialAugment(seed=0, dtype=dtype)(images, training=True) for dtype in ("float32", "uint8")
+    )
+    assert keras.backend.standardize_dtype(rounded.dtype) == "uint8"
+    assert np.abs(to_numpy(rounded) - to_numpy(expected)).max() < 0.501
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_pipeline_distorts_images_on_any_backend(batched):
+    tf = pytest.importorskip("tensorflow")
+    images = random_images(11, 30, 9, 7, 3)
+    dataset = tf.data.Dataset.from_tensor_slices(images)
+    dataset = dataset.batch(10) if batched else dataset
+    layer = TrivialAugment(seed=0)
+    dataset = dataset.map(lambda images: layer(images, training=True))
+    found = np.stack([batch.numpy() for batch in dataset]).reshape(images.shape)
+    assert found.dtype == "float32" and found.min() >= 0 and found.max() <= 255.01
+    changed = np.abs(found - images).max(axis=(1, 2, 3)) > 2
+    assert 15 < changed.sum() < 30
+
+
+def test_images_of_unknown_size_are_refused():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_generator(
+        lambda: iter(random_images(12, 1, 9, 7, 3)), output_signature=tf.TensorSpec((None, None, 3))
+    )
+    with pytest.raises(ValueError, match="known height.*Received: images.shape=.None, None, 3."):
+        dataset.map(lambda image: TrivialAugment()(image, training=True))
 
 
 # MixUp and CutMix
@@ -179,6 +213,62 @@ def test_batches_are_blended_pasted_into_and_left_alone_by_their_shares():
     # A few boxes are smaller than a pixel.
     assert share["pasted"] == pytest.approx(0.5, abs=0.11)
     np.testing.assert_array_equal(to_numpy(layer(images, training=False)), images)
+
+
+@pytest.mark.parametrize("kind", [(1.0, 0.0), (0.0, 1.0)])
+def test_mixed_integers_are_the_rounded_floats(kind):
+    images = random_images(13, 6, 8, 8, 3)
+    expected, rounded = (
+        MixUpCutMix(*kind, seed=1, dtype=dtype)(images, training=True)
+        for dtype in ("float32", "uint8")
+    )
+    assert keras.backend.standardize_dtype(rounded.dtype) == "uint8"
+    assert np.abs(to_numpy(rounded) - to_numpy(expected)).max() < 0.501
+
+
+@pytest.mark.parametrize("kind", [(1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("in_pipeline", [False, True])
+def test_one_hot_labels_in_a_dictionary_are_mixed_like_their_images(kind, in_pipeline):
+    labels = np.eye(6, dtype="int32")
+    images = np.broadcast_to(255 * labels[:, None, None], (6, 16, 16, 6)).astype("uint8")
+    data, layer = {"images": images, "labels": labels}, MixUpCutMix(*kind, seed=7)
+    if in_pipeline:
+        tf = pytest.importorskip("tensorflow")
+        dataset = tf.data.Dataset.from_tensors(data).repeat(5)
+        results = list(dataset.map(lambda data: layer(data, training=True)))
+    else:
+        results = [layer(data, training=True) for _ in range(5)]
+    # Where each class has a channel of its own, the mean of an image is its label.
+    means = [np.asarray(result["images"]).mean(axis=(1, 2)) / 255 for result in results]
+    found = np.stack([np.asarray(result["labels"]) for result in results])
+    np.testing.assert_allclose(found, means, atol=1e-5)
+    np.testing.assert_allclose(found.sum(axis=2), 1, atol=1e-6)
+    assert len(np.unique(found.max(axis=(1, 2)))) > 2
+    unchanged = layer(data)
+    np.testing.assert_array_equal(np.asarray(unchanged["images"]), images)
+    np.testing.assert_array_equal(np.asarray(unchanged["labels"]), labels)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{"images": (4, 8, 8, 3)}, {"images": (4, 8, 8, 3), "labels": (4,)}, {"images": (8, 8, 3)}],
+)
+def test_dictionaries_without_batches_of_images_and_one_hot_labels_are_refused(shapes):
+    for make in (np.zeros, keras.KerasTensor):
+        with pytest.raises(ValueError, match="one-hot 'labels'.*Received: shapes="):
+            MixUpCutMix()({name: make(shape) for name, shape in shapes.items()})
+    with pytest.raises(ValueError, match="Expected a batch of images.*Received: images.shape="):
+        MixUpCutMix()(np.zeros((8, 8, 3)))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="There, a graph may also be a training step."
+)
+def test_a_pipeline_does_not_mix_images_whose_labels_it_does_not_see():
+    tf = pytest.importorskip("tensorflow")
+    dataset = tf.data.Dataset.from_tensors(np.zeros((4, 8, 8, 3)))
+    with pytest.raises(ValueError, match="inside `tf.data`.*Received"):
+        dataset.map(lambda images: MixUpCutMix()(images, training=True))
 
 
 @pytest.mark.parametrize("shares", [(0.6, 0.5), (-0.1, 0.5), (0.5, -0.1)])
@@ -249,6 +339,12 @@ def test_smoothed_labels_give_the_formulas_loss(smoothing, shape):
     found = LabelSmoothingCrossentropy(smoothing)(labels.reshape(shape), logits)
     expected = -(target * log_probabilities).sum(axis=1).mean()
     assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_hot_labels_are_refused_with_the_loss_that_takes_them():
+    message = "keras.losses.CategoricalCrossentropy.*label_smoothing=0.2.*Received: labels.shape="
+    with pytest.raises(ValueError, match=message):
+        LabelSmoothingCrossentropy(0.2)(np.eye(4), np.zeros((4, 4), "float32"))
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1])

@@ -4,10 +4,11 @@ import keras
 from keras import ops
 
 from keras_vit.arguments import share
+from keras_vit.layers.pipelines import PipelineLayer
 
 
 @keras.saving.register_keras_serializable("keras_vit")
-class MixUpCutMix(keras.layers.Layer):
+class MixUpCutMix(PipelineLayer):
     """Blends training images in pairs, or pastes a box of one into another.
 
     Every image is paired with the one at the same place from the end of the
@@ -20,16 +21,22 @@ class MixUpCutMix(keras.layers.Layer):
     `augmentation`, a `VisionTransformer` weighs its training loss for the
     labels of an image and for those of its partner by `kept`. So labels may be
     integers, any loss will do, and training accuracy counts the label of the
-    first image alone. Keras's own `MixUp` and `CutMix` take images and labels
-    in a dictionary and cannot be part of a model.
+    first image alone.
 
-    With `training=False` images pass unchanged.
+    Given a dictionary of images and one-hot labels, as Keras's own `MixUp` and
+    `CutMix` are, the layer mixes both. This is how it works inside a `tf.data`
+    pipeline, whichever backend Keras runs on: no loss knows what happened
+    there.
+
+    Without `training=True` images and labels pass unchanged.
 
     Input shape:
-        4D tensor `(B, H, W, C)`, of any range.
+        4D tensor `(B, H, W, C)`, of any range. Or a dictionary of such
+        `"images"` and of `"labels"` `(B, num_classes)`, probabilities.
 
     Output shape:
-        The same, in the dtype that the layer computes in.
+        The same, images in the dtype that the layer computes in (integers are
+        rounded), labels in float32.
 
     Args:
         mixup: float in [0, 1], share of the batches that MixUp blends.
@@ -40,15 +47,20 @@ class MixUpCutMix(keras.layers.Layer):
 
     Attributes:
         kept: variable, what share of each image stayed in the last training
-            batch.
+            batch of images without labels.
 
     Raises:
-        ValueError: if the shares lie outside the ranges above.
+        ValueError: if the shares lie outside the ranges above, if the images
+            have not four dimensions, or if their labels are missing inside a
+            `tf.data` pipeline or are not one-hot.
 
     Example:
 
     >>> mix = keras_vit.MixUpCutMix(mixup=0.5, cutmix=0.5)
     >>> model = keras_vit.VisionTransformer(augmentation=[mix])
+
+    >>> data = {"images": images, "labels": keras.ops.one_hot(labels, 10)}
+    >>> data = mix(data, training=True)
     """
 
     def __init__(self, mixup: float = 0.5, cutmix: float = 0.5, seed: int | None = None, **kwargs):
@@ -58,7 +70,6 @@ class MixUpCutMix(keras.layers.Layer):
                 "Expected `mixup` and `cutmix` to be shares of the batches, 1 at most together. "
                 f"Received: mixup={mixup}, cutmix={cutmix}"
             )
-        self.input_spec = keras.layers.InputSpec(ndim=4)
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
         self.generator = keras.random.SeedGenerator(seed)
 
@@ -67,37 +78,86 @@ class MixUpCutMix(keras.layers.Layer):
             name="kept", shape=(), initializer="ones", trainable=False, dtype="float32"
         )
 
-    def call(self, images, training=False):
-        images = ops.cast(images, self.compute_dtype)
-        if not training:
-            return images
-        height, width = images.shape[1:3]
-        kind, kept, y, x = ops.unstack(keras.random.uniform((4,), seed=self.generator))
-        blends, pastes = kind < self.mixup, kind >= 1 - self.cutmix
-        rows = _inside(height, y, ops.sqrt(1 - kept))
-        columns = _inside(width, x, ops.sqrt(1 - kept))
-        box = ops.cast(rows[:, None] & columns[None, :], "float32")
-
-        # What comes from the partner, for each pixel and on average.
-        foreign = ops.where(blends, 1 - kept, ops.where(pastes, box, 0.0))
-        self.kept.assign(1 - ops.mean(foreign))
-        foreign = ops.cast(foreign, images.dtype)[:, :, None]
-        return images + foreign * (partners(images) - images)
+    def call(self, data, training=False):
+        self._check(data, training)
+        has_labels = isinstance(data, dict)
+        images = self.backend.convert_to_tensor(data["images"] if has_labels else data)
+        labels = self.backend.cast(data["labels"], "float32") if has_labels else None
+        if training:
+            foreign = self._draw(images)
+            share_of_partner = self.backend.numpy.mean(foreign)
+            images = self._mix(images, foreign[:, :, None])
+            if has_labels:
+                labels = self._mix(labels, share_of_partner)
+            else:
+                self.kept.assign(1 - share_of_partner)
+        images = self._to_compute_dtype(images)
+        return {"images": images, "labels": labels} if has_labels else images
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def compute_output_spec(self, data, training=False):
+        self._check(data, training)
+        specs = super().compute_output_spec(data)
+        if isinstance(data, dict):
+            specs["labels"] = keras.KerasTensor(data["labels"].shape, "float32")
+        return specs
 
     def get_config(self):
         config = {"mixup": self.mixup, "cutmix": self.cutmix, "seed": self.seed}
         return {**super().get_config(), **config}
 
+    def _draw(self, images):
+        """Which part of each pixel comes from the partner: `(H, W)`, for the whole batch."""
+        np = self.backend.numpy
+        _, height, width, _ = self.backend.shape(images)
+        seed = self._get_seed_generator(self.backend.name)
+        draws = self.backend.random.uniform((4,), dtype="float32", seed=seed)
+        kind, kept, y, x = (draws[index] for index in range(4))
+        extent = np.sqrt(1 - kept)
+        rows, columns = self._inside(height, y, extent), self._inside(width, x, extent)
+        box = self.backend.cast(rows[:, None] & columns[None, :], "float32")
+        blends, pastes = kind < self.mixup, kind >= 1 - self.cutmix
+        return np.where(blends, 1 - kept, np.where(pastes, box, 0.0))
 
-def partners(batch):
-    """For each entry of a batch `(B, ...)`, the one that it is mixed with."""
-    return ops.flip(batch, axis=0)
+    def _inside(self, length, center, extent):
+        """Which of `length` pixels lie in a span around `center`; both are shares of the length."""
+        np = self.backend.numpy
+        places = np.arange(length, dtype="float32") + 0.5
+        distance = np.abs(places / self.backend.cast(length, "float32") - center)
+        return distance < extent / 2
+
+    def _mix(self, batch, foreign):
+        batch = self.backend.cast(batch, "float32")
+        return batch + foreign * (partners(batch, self.backend.numpy) - batch)
+
+    def _check(self, data, training):
+        """Raises a `ValueError` for data that the layer cannot mix."""
+        if isinstance(data, dict):
+            shapes = {name: tuple(x.shape) for name, x in data.items()}
+            if {name: len(shape) for name, shape in shapes.items()} != {"images": 4, "labels": 2}:
+                raise ValueError(
+                    "Expected a dictionary of 'images' (B, H, W, C) and one-hot 'labels' "
+                    "(B, num_classes), which `keras.ops.one_hot(labels, num_classes)` makes. "
+                    f"Received: shapes={shapes}"
+                )
+            return
+        if len(data.shape) != 4:
+            raise ValueError(
+                "Expected a batch of images (B, H, W, C). "
+                f"Received: images.shape={tuple(data.shape)}"
+            )
+        if training and self.backend.name != keras.backend.backend():
+            raise ValueError(
+                "Expected a dictionary of 'images' and one-hot 'labels': inside `tf.data`, no "
+                f"loss can mix the labels. Received: images.shape={tuple(data.shape)}"
+            )
 
 
-def _inside(length, center, extent):
-    """Which of `length` pixels lie in a span around `center`; both are shares of the length."""
-    distance = ops.abs((ops.arange(length, dtype="float32") + 0.5) / length - center)
-    return distance < extent / 2
+def partners(batch, np=ops):
+    """For each entry of a batch `(B, ...)`, the one that it is mixed with.
+
+    `np` holds Keras's operations, by default the backend's; `tf.data` needs TensorFlow's.
+    """
+    return np.flip(batch, axis=0)

@@ -18,7 +18,8 @@ class Patches(keras.layers.Layer):
         4D tensor `(B, H, W, C)`; `H` and `W` are multiples of `patch_size`.
 
     Output shape:
-        3D tensor `(B, N, P * P * C)` with `N = (H // P) * (W // P)`.
+        3D tensor `(B, N, P * P * C)` with `N = (H // P) * (W // P)`. Integers
+        keep their dtype.
 
     Args:
         patch_size: int, side `P` of a patch in pixels, at least 1.
@@ -38,9 +39,7 @@ class Patches(keras.layers.Layer):
     def __init__(self, patch_size: int, **kwargs):
         super().__init__(**kwargs)
         self.patch_size = positive_integer("patch_size", patch_size)
-
-    def build(self, input_shape):
-        self._grid(input_shape)
+        self._build_at_init()
 
     def call(self, images):
         rows, columns = self._grid(images.shape)
@@ -52,6 +51,9 @@ class Patches(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         rows, columns = self._grid(input_shape)
         return (input_shape[0], rows * columns, self.patch_size**2 * input_shape[-1])
+
+    def compute_output_spec(self, images):
+        return keras.KerasTensor(self.compute_output_shape(images.shape), images.dtype)
 
     def get_config(self):
         return {**super().get_config(), "patch_size": self.patch_size}

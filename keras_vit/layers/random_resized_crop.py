@@ -6,12 +6,14 @@ import math
 import keras
 
 from keras_vit.arguments import positive_integer
+from keras_vit.layers.pipelines import PipelineLayer
 
 ATTEMPTS = 10
+MASKS = "segmentation_masks"
 
 
 @keras.saving.register_keras_serializable("keras_vit")
-class RandomResizedCrop(keras.layers.RandomCrop):
+class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
     """Crops a random box out of every image and resizes it to one size.
 
     Each image of a batch gets a box of its own, drawn by the rule that made
@@ -33,17 +35,24 @@ class RandomResizedCrop(keras.layers.RandomCrop):
     the layer crops at random, as Keras's image layers do; a
     `VisionTransformer` crops in training only.
 
+    Segmentation masks in a dictionary with their images follow them: the
+    nearest pixel is taken, so that they keep their ids and their dtype. Labels
+    pass unchanged. Bounding boxes are not supported.
+
     **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
     backend Keras runs on.
 
     Input shape:
         3D tensor (one image) or 4D tensor (a batch): `(..., H, W, C)` with
         `"channels_last"`, `(..., C, H, W)` with `"channels_first"`. Integers
-        or floats of any range; 0 to 255 by convention.
+        or floats of any range; 0 to 255 by convention. Or a dictionary of
+        such `"images"` and, optionally, `"segmentation_masks"` of the same
+        rank, height and width, and `"labels"`.
 
     Output shape:
         `(..., height, width, C)` or `(..., C, height, width)`, in the dtype
-        that the layer computes in.
+        that the layer computes in; integers are rounded. A dictionary for a
+        dictionary.
 
     Args:
         height: int, height of the output in pixels, at least 1.
@@ -59,8 +68,9 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
 
     Raises:
-        ValueError: if an argument lies outside the ranges above, or if the
-            input has neither three nor four dimensions.
+        ValueError: if an argument lies outside the ranges above, if the
+            input has neither three nor four dimensions, or if it holds
+            bounding boxes or masks of another size than their images.
 
     Example:
 
@@ -81,9 +91,15 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         data_format: str | None = None,
         **kwargs,
     ):
+        if "bounding_box_format" in kwargs:
+            raise ValueError(
+                f"{self.__class__.__name__} does not support bounding boxes: leave out "
+                "`bounding_box_format`. "
+                f"Received: bounding_box_format={kwargs['bounding_box_format']!r}"
+            )
         super().__init__(
-            positive_integer("height", height),
-            positive_integer("width", width),
+            height=positive_integer("height", height),
+            width=positive_integer("width", width),
             seed=seed,
             data_format=data_format,
             **kwargs,
@@ -111,7 +127,8 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         image_width = self.backend.cast(shape[self.width_axis], "float32")
         if seed is None:
             seed = self._get_seed_generator(self.backend.name)
-        draws = self.backend.random.uniform((batch_size, 2 * ATTEMPTS + 2), seed=seed)
+        shape = batch_size, 2 * ATTEMPTS + 2
+        draws = self.backend.random.uniform(shape, dtype="float32", seed=seed)
         area_draws, ratio_draws = draws[:, :ATTEMPTS], draws[:, ATTEMPTS:-2]
 
         np = self.backend.numpy
@@ -136,16 +153,19 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         start = np.where(index[:, None] == ATTEMPTS, np.floor(room / 2), anywhere)
         return start[:, 0], start[:, 1], size[:, 0], size[:, 1]
 
+    def call(self, data, training=True):
+        if isinstance(data, dict):
+            self._check(data)
+            data = dict(data)
+        return super().call(data, training=training)
+
     def transform_images(self, images, transformation, training=True):
-        return self._resample(images, transformation, self.interpolation)
+        resampled = self._resample(images, transformation, self.interpolation)
+        return self._to_compute_dtype(resampled)
 
     def transform_segmentation_masks(self, segmentation_masks, transformation, training=True):
-        return self._resample(segmentation_masks, transformation, "nearest")
-
-    def transform_bounding_boxes(self, bounding_boxes, transformation, training=True):
-        raise NotImplementedError(
-            f"{self.__class__.__name__} is for classification: it transforms no bounding boxes."
-        )
+        masks = self.backend.convert_to_tensor(segmentation_masks)
+        return self._resample(masks, transformation, "nearest")
 
     def compute_output_shape(self, input_shape):
         if len(input_shape) not in (3, 4):
@@ -155,6 +175,18 @@ class RandomResizedCrop(keras.layers.RandomCrop):
             )
         return super().compute_output_shape(input_shape)
 
+    def compute_output_spec(self, data, training=True):
+        if not isinstance(data, dict):
+            return super().compute_output_spec(data)
+        self._check(data)
+        specs = {name: keras.KerasTensor(x.shape, x.dtype) for name, x in data.items()}
+        specs["images"] = super().compute_output_spec(data["images"])
+        if MASKS in data:
+            specs[MASKS] = keras.KerasTensor(
+                self.compute_output_shape(data[MASKS].shape), data[MASKS].dtype
+            )
+        return specs
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -163,23 +195,65 @@ class RandomResizedCrop(keras.layers.RandomCrop):
             "interpolation": self.interpolation,
         }
 
+    def _check(self, data):
+        """Raises a `ValueError` for a dictionary that the layer cannot crop."""
+        name = self.__class__.__name__
+        if "bounding_boxes" in data:
+            raise ValueError(
+                f"{name} does not support bounding boxes. Expected a dictionary of 'images', "
+                f"'segmentation_masks' and 'labels'. Received: keys={sorted(data)}"
+            )
+        if MASKS not in data:
+            return
+        images, masks = tuple(data["images"].shape), tuple(data[MASKS].shape)
+        axes = self.height_axis, self.width_axis
+        if len(images) != len(masks) or any(
+            None not in (images[axis], masks[axis]) and images[axis] != masks[axis] for axis in axes
+        ):
+            raise ValueError(
+                "Expected segmentation masks with the rank, height and width of their images. "
+                f"Received: images.shape={images}, segmentation_masks.shape={masks}"
+            )
+
     def _resample(self, images, boxes, interpolation):
-        """Resizes the boxes of a batch of images, or whole images where `boxes` is None."""
+        """Resizes the boxes of a batch of images, or whole images where `boxes` is None.
+
+        The nearest pixels keep the dtype of the images; bilinear ones are float32.
+        """
+        maps = boxes is not None and self.backend.name == "tensorflow" and _tensorflow_maps()
         if boxes is None:
             # Inside `tf.data` the size may be unknown until an image arrives.
             known_size = images.shape[self.height_axis], images.shape[self.width_axis]
             if known_size == (self.height, self.width):
-                return self.backend.cast(images, self.compute_dtype)
-            zero = self.backend.numpy.zeros((1,), "float32")
+                return images
             shape = self.backend.shape(images)
-            height = zero + self.backend.cast(shape[self.height_axis], "float32")
-            width = zero + self.backend.cast(shape[self.width_axis], "float32")
-            return self._multiply(images, (zero, zero, height, width), interpolation)
-        if self.backend.name == "tensorflow" and _tensorflow_maps():
-            return self._map(images, boxes, interpolation)
-        return self._multiply(images, boxes, interpolation)
+            zeros = self.backend.numpy.zeros((shape[0],), "float32")
+            height = zeros + self.backend.cast(shape[self.height_axis], "float32")
+            width = zeros + self.backend.cast(shape[self.width_axis], "float32")
+            boxes = zeros, zeros, height, width
+        if interpolation == "nearest":
+            return self._take(images, boxes)
+        return self._map(images, boxes) if maps else self._multiply(images, boxes)
 
-    def _map(self, images, boxes, interpolation):
+    def _take(self, images, boxes):
+        """Takes the nearest pixel of the box for each pixel of the output."""
+        np = self.backend.numpy
+        top, left, height, width = boxes
+        if self.data_format == "channels_first":
+            images = np.transpose(images, (0, 2, 3, 1))
+        count, rows, columns, channels = self.backend.shape(images)
+        row = top[:, None] + np.floor(_centers(np, height, self.height))
+        column = left[:, None] + np.floor(_centers(np, width, self.width))
+        row, column = (self.backend.cast(index, "int32") for index in (row, column))
+        first = rows * columns * np.arange(count, dtype="int32")[:, None, None]
+        index = first + row[:, :, None] * columns + column[:, None, :]
+        pixels = np.reshape(images, (count * rows * columns, channels))
+        images = np.take(pixels, index, axis=0)
+        if self.data_format == "channels_first":
+            images = np.transpose(images, (0, 3, 1, 2))
+        return images
+
+    def _map(self, images, boxes):
         """Crops and resizes image by image: fast on TensorFlow's CPU, possible nowhere else."""
         import tensorflow as tf
 
@@ -195,12 +269,7 @@ class RandomResizedCrop(keras.layers.RandomCrop):
         known_size = images.shape[self.height_axis], images.shape[self.width_axis]
         antialias = None in known_size or known_size[0] > self.height or known_size[1] > self.width
         crop_one = _crop_of_one_image(
-            (self.height, self.width),
-            interpolation,
-            antialias,
-            self.data_format,
-            images.dtype,
-            self.compute_dtype,
+            (self.height, self.width), antialias, self.data_format, images.dtype
         )
 
         # `MapDefun` has no gradient of its own.
@@ -209,13 +278,13 @@ class RandomResizedCrop(keras.layers.RandomCrop):
             def gradient(upstream):
                 with tf.GradientTape() as tape:
                     tape.watch(images)
-                    crops = self._multiply(images, boxes, interpolation)
+                    crops = self._multiply(images, boxes)
                 return tape.gradient(crops, images, upstream)
 
             (crops,) = tf.raw_ops.MapDefun(
                 arguments=[images, start, extent],
                 captured_inputs=[],
-                output_types=[self.compute_dtype],
+                output_types=["float32"],
                 output_shapes=[self.compute_output_shape(images.shape)[1:]],
                 f=crop_one,
             )
@@ -223,41 +292,43 @@ class RandomResizedCrop(keras.layers.RandomCrop):
 
         return crop_all(images)
 
-    def _multiply(self, images, boxes, interpolation):
+    def _multiply(self, images, boxes):
         """Resizes by a product with one matrix for the rows and one for the columns."""
-        np = self.backend.numpy
-        shape = self.backend.shape(images)
         top, left, height, width = boxes
-        rows = self._matrix(top, height, shape[self.height_axis], self.height, interpolation)
-        columns = self._matrix(left, width, shape[self.width_axis], self.width, interpolation)
-
         # Half precision would move a crop by up to a pixel, so that weights stay in float32.
-        images = self.backend.cast(images, rows.dtype)
-        if self.data_format == "channels_last":
-            images = np.transpose(images, (0, 3, 1, 2))
-        images = np.matmul(np.matmul(rows[:, None], images), np.swapaxes(columns, 1, 2)[:, None])
-        if self.data_format == "channels_last":
-            images = np.transpose(images, (0, 2, 3, 1))
-        return self.backend.cast(images, self.compute_dtype)
+        images = self.backend.cast(images, "float32")
+        images = self._resize_axis(images, self.height_axis, top, height, self.height)
+        return self._resize_axis(images, self.width_axis, left, width, self.width)
 
-    def _matrix(self, start, length, input_size, output_size, interpolation):
-        """Weights of `input_size` pixels in `output_size` pixels along one side of the boxes.
-
-        `start` and `length` have shape `(B,)`, the result `(B, output_size, input_size)`. Each
-        row sums to one and is zero outside the box.
-        """
+    def _resize_axis(self, images, axis, start, length, output_size):
         np = self.backend.numpy
-        start, length = start[:, None, None], length[:, None, None]
-        output = np.arange(output_size, dtype="float32")[None, :, None]
-        source = np.arange(input_size, dtype="float32")[None, None, :] - start
-        center = (output + 0.5) * length / output_size
-        if interpolation == "nearest":
-            weights = self.backend.cast(source == np.floor(center), "float32")
-        else:
-            support = np.maximum(length / output_size, 1.0)
-            weights = np.maximum(1.0 - np.abs(source + 0.5 - center) / support, 0.0)
-        weights = np.where((source >= 0) & (source < length), weights, 0.0)
-        return weights / np.sum(weights, axis=2, keepdims=True)
+        images = np.moveaxis(images, axis, 1)
+        count, input_size, *others = self.backend.shape(images)
+        matrices = _matrices(np, start, length, input_size, output_size)
+        # Broadcast over channels, oneDNN's product in TensorFlow 2.21 leaves its buffers.
+        pixels = np.reshape(images, (count, input_size, others[0] * others[1]))
+        images = np.reshape(np.matmul(matrices, pixels), (count, output_size, *others))
+        return np.moveaxis(images, 1, axis)
+
+
+def _matrices(np, start, length, input_size, output_size):
+    """Weights of `input_size` pixels in `output_size` pixels along one side of the boxes.
+
+    `start` and `length` have shape `(B,)`, the result `(B, output_size, input_size)`. Each row
+    sums to one and is zero outside the box.
+    """
+    center = _centers(np, length, output_size)[:, :, None]
+    start, length = start[:, None, None], length[:, None, None]
+    source = np.arange(input_size, dtype="float32") - start
+    support = np.maximum(length / output_size, 1.0)
+    weights = np.maximum(1.0 - np.abs(source + 0.5 - center) / support, 0.0)
+    weights = np.where((source >= 0) & (source < length), weights, 0.0)
+    return weights / np.sum(weights, axis=2, keepdims=True)
+
+
+def _centers(np, length, output_size):
+    """Where the centres of `output_size` pixels lie in boxes, in pixels: `(B, output_size)`."""
+    return (np.arange(output_size, dtype="float32") + 0.5) * length[:, None] / output_size
 
 
 def _tensorflow_maps():
@@ -271,7 +342,7 @@ def _tensorflow_maps():
 
 
 @functools.cache
-def _crop_of_one_image(size, interpolation, antialias, data_format, input_dtype, output_dtype):
+def _crop_of_one_image(size, antialias, data_format, dtype):
     """A TensorFlow function from an image, and the start and extent of a box, to its crop."""
     import tensorflow as tf
 
@@ -279,12 +350,12 @@ def _crop_of_one_image(size, interpolation, antialias, data_format, input_dtype,
         box = tf.cast(tf.slice(image, start, extent), "float32")
         if data_format == "channels_first":
             box = tf.transpose(box, (1, 2, 0))
-        box = tf.image.resize(box, size, interpolation, antialias=antialias)
+        box = tf.image.resize(box, size, antialias=antialias)
         if data_format == "channels_first":
             box = tf.transpose(box, (2, 0, 1))
-        return tf.cast(box, output_dtype)
+        return box
 
-    image, corner = tf.TensorSpec((None, None, None), input_dtype), tf.TensorSpec((3,), "int32")
+    image, corner = tf.TensorSpec((None, None, None), dtype), tf.TensorSpec((3,), "int32")
     # Outside of the caller's graph, so that the function outlives it.
     with tf.init_scope():
         return tf.function(crop, autograph=False).get_concrete_function(image, corner, corner)

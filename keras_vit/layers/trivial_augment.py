@@ -3,7 +3,8 @@
 import math
 
 import keras
-from keras import ops
+
+from keras_vit.layers.pipelines import PipelineLayer
 
 KINDS = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
@@ -15,7 +16,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 @keras.saving.register_keras_serializable("keras_vit")
-class TrivialAugment(keras.layers.Layer):
+class TrivialAugment(PipelineLayer):
     """Distorts each training image in one way, drawn at random, by a random strength.
 
     The fourteen ways and their strengths are those of TrivialAugment's wide
@@ -29,18 +30,26 @@ class TrivialAugment(keras.layers.Layer):
     `RandAugment` distorts a whole batch in the same way. Shearing and turning
     are about the centre, resampled bilinearly; pixels from outside are black.
 
-    With `training=False` images pass unchanged.
+    Without `training=True` images pass unchanged.
+
+    **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
+    backend Keras runs on.
 
     Input shape:
-        4D tensor `(B, H, W, C)`, integers or floats from 0 to 255. Images of
-        three channels are taken as RGB.
+        4D tensor `(B, H, W, C)` or one image `(H, W, C)`, integers or floats
+        from 0 to 255. Images of three channels are taken as RGB.
 
     Output shape:
-        The same, floats.
+        The same, in the dtype that the layer computes in; integers are
+        rounded.
 
     Args:
         seed: int, makes the draws reproducible.
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
+
+    Raises:
+        ValueError: if the input has neither three nor four dimensions, or no
+            known height, width and number of channels.
 
     Example:
 
@@ -51,18 +60,26 @@ class TrivialAugment(keras.layers.Layer):
 
     def __init__(self, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.input_spec = keras.layers.InputSpec(ndim=4)
+        self.input_spec = keras.layers.InputSpec(min_ndim=3, max_ndim=4)
         self.seed = seed
         self.generator = keras.random.SeedGenerator(seed)
 
     def call(self, images, training=False):
-        images = ops.cast(images, self.compute_dtype)
+        images = self.backend.convert_to_tensor(images)
         if not training:
-            return images
-        batch_size = ops.shape(images)[0]
-        kind = keras.random.randint((batch_size,), 0, len(KINDS), seed=self.generator)
-        strength = keras.random.uniform((batch_size,), -1, 1, seed=self.generator)
-        return ops.cast(distort(images, kind, strength), self.compute_dtype)
+            return self._to_compute_dtype(images)
+        if None in images.shape[-3:]:
+            raise ValueError(
+                "Expected images with a known height, width and number of channels. "
+                f"Received: images.shape={tuple(images.shape)}"
+            )
+        if len(images.shape) == 3:
+            return self.call(images[None], training)[0]
+        count, random = self.backend.shape(images)[0], self.backend.random
+        seed = self._get_seed_generator(self.backend.name)
+        kind = random.randint((count,), 0, len(KINDS), seed=seed)
+        strength = random.uniform((count,), -1, 1, dtype="float32", seed=seed)
+        return self._to_compute_dtype(distort(images, kind, strength, self.backend))
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -71,7 +88,7 @@ class TrivialAugment(keras.layers.Layer):
         return {**super().get_config(), "seed": self.seed}
 
 
-def distort(images, kind, strength):
+def distort(images, kind, strength, backend):
     """Distorts each image in its own way.
 
     Args:
@@ -79,16 +96,18 @@ def distort(images, kind, strength):
         kind: integer tensor `(B,)`, indices of `KINDS`.
         strength: tensor `(B,)`, -1 to 1. Where a kind has one direction only, its absolute value
             counts.
+        backend: module of Keras that computes.
 
     Returns:
         Tensor `(B, H, W, C)` of float32.
     """
-    images, strength = ops.cast(images, "float32"), ops.cast(strength, "float32")
-    kind = ops.cast(kind, "int32")
+    np = backend.numpy
+    images, strength = backend.cast(images, "float32"), backend.cast(strength, "float32")
+    kind = backend.cast(kind, "int32")
 
     def chosen(name):
         """1 for the images of a kind and 0 for the others, `(B,)`."""
-        return ops.cast(kind == KINDS.index(name), "float32")
+        return backend.cast(kind == KINDS.index(name), "float32")
 
     def amount(name):
         """The strength for the images of a kind and 0 for the others, `(B,)`."""
@@ -99,38 +118,39 @@ def distort(images, kind, strength):
 
     def only(name, changed):
         """The changed images where they are of a kind, the others as they were."""
-        return ops.where(of_image(kind == KINDS.index(name)), changed, images)
+        return np.where(of_image(kind == KINDS.index(name)), changed, images)
 
     # Each image is changed by one of these lines and passes through the others.
     angle = math.radians(135) * amount("rotate")
     images = transformed(
         images,
         [
-            [ops.cos(angle), 0.99 * amount("shear_x") - ops.sin(angle)],
-            [0.99 * amount("shear_y") + ops.sin(angle), ops.cos(angle)],
+            [np.cos(angle), 0.99 * amount("shear_x") - np.sin(angle)],
+            [0.99 * amount("shear_y") + np.sin(angle), np.cos(angle)],
         ],
         [32 * amount("translate_x"), 32 * amount("translate_y")],
+        backend,
     )
 
-    grey = _grey(images)
+    grey = _grey(images, np)
     other = (
         of_image(chosen("color")) * grey
-        + of_image(chosen("contrast")) * ops.mean(grey, axis=(1, 2, 3), keepdims=True)
-        + of_image(chosen("sharpness")) * smoothed(images)
+        + of_image(chosen("contrast")) * np.mean(grey, axis=(1, 2, 3), keepdims=True)
+        + of_image(chosen("sharpness")) * smoothed(images, np)
     )
     blends = sum(amount(name) for name in ("brightness", "color", "contrast", "sharpness"))
     blended = images + of_image(0.99 * blends) * (images - other)
-    images = ops.clip(blended, 0, 255)
+    images = np.clip(blended, 0, 255)
 
-    size = ops.abs(strength)
-    step = of_image(2 ** ops.round(6 * size))
-    images = only("posterize", ops.floor(images / step) * step)
-    images = only("solarize", ops.where(images < of_image(255 * (1 - size)), images, 255 - images))
-    images = only("autocontrast", stretched(images))
-    return only("equalize", flattened(images))
+    size = np.abs(strength)
+    step = of_image(2 ** np.round(6 * size))
+    images = only("posterize", np.floor(images / step) * step)
+    images = only("solarize", np.where(images < of_image(255 * (1 - size)), images, 255 - images))
+    images = only("autocontrast", stretched(images, np))
+    return only("equalize", flattened(images, backend))
 
 
-def transformed(images, matrix, shift):
+def transformed(images, matrix, shift, backend):
     """Resamples images bilinearly; what comes from outside of them is black.
 
     Args:
@@ -138,74 +158,77 @@ def transformed(images, matrix, shift):
         matrix: two rows of two tensors `(B,)`. Together with `shift` they lead from the place of
             a pixel of the output, as x and y from the centre, to its place in the input.
         shift: two tensors `(B,)`, in pixels.
+        backend: module of Keras that computes.
     """
+    np = backend.numpy
     _, height, width, channels = images.shape
-    x = ops.arange(width, dtype="float32")[None, None, :] - (width - 1) / 2
-    y = ops.arange(height, dtype="float32")[None, :, None] - (height - 1) / 2
+    x = np.arange(width, dtype="float32")[None, None, :] - (width - 1) / 2
+    y = np.arange(height, dtype="float32")[None, :, None] - (height - 1) / 2
     (x_of_x, x_of_y), (y_of_x, y_of_y) = ((c[:, None, None] for c in row) for row in matrix)
     left, top = (values[:, None, None] for values in shift)
     column = x_of_x * x + x_of_y * y + left + (width - 1) / 2
     row = y_of_x * x + y_of_y * y + top + (height - 1) / 2
 
     # All pixels in one list: looking them up there takes a third of `take_along_axis`'s time.
-    pixels = ops.reshape(images, (-1, channels))
-    first = height * width * ops.arange(ops.shape(images)[0], dtype="int32")[:, None, None]
-    first_row, first_column = ops.floor(row), ops.floor(column)
+    pixels = np.reshape(images, (-1, channels))
+    first = height * width * np.arange(backend.shape(images)[0], dtype="int32")[:, None, None]
+    first_row, first_column = np.floor(row), np.floor(column)
     total = 0.0
     for r in (first_row, first_row + 1):
         for c in (first_column, first_column + 1):
-            weight = (1 - ops.abs(row - r)) * (1 - ops.abs(column - c))
+            weight = (1 - np.abs(row - r)) * (1 - np.abs(column - c))
             inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-            index = ops.clip(r, 0, height - 1) * width + ops.clip(c, 0, width - 1)
-            found = ops.take(pixels, first + ops.cast(index, "int32"), axis=0)
-            total = total + ops.where(inside, weight, 0.0)[:, :, :, None] * found
+            index = np.clip(r, 0, height - 1) * width + np.clip(c, 0, width - 1)
+            found = np.take(pixels, first + backend.cast(index, "int32"), axis=0)
+            total = total + np.where(inside, weight, 0.0)[:, :, :, None] * found
     return total
 
 
-def smoothed(images):
+def smoothed(images, np):
     """Means of 3x3 pixels, in which the middle counts five times; borders stay as they are."""
     if min(images.shape[1:3]) < 3:
         return images
     rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
     squares = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
     middle = (squares + 4 * images[:, 1:-1, 1:-1]) / 13
-    middle = ops.concatenate([images[:, 1:-1, :1], middle, images[:, 1:-1, -1:]], axis=2)
-    return ops.concatenate([images[:, :1], middle, images[:, -1:]], axis=1)
+    middle = np.concatenate([images[:, 1:-1, :1], middle, images[:, 1:-1, -1:]], axis=2)
+    return np.concatenate([images[:, :1], middle, images[:, -1:]], axis=1)
 
 
-def stretched(images):
+def stretched(images, np):
     """Each channel of each image moved and scaled to reach from 0 to 255."""
-    low = ops.min(images, axis=(1, 2), keepdims=True)
-    high = ops.max(images, axis=(1, 2), keepdims=True)
-    return ops.where(high > low, (images - low) * 255 / ops.maximum(high - low, 1e-6), images)
+    low = np.min(images, axis=(1, 2), keepdims=True)
+    high = np.max(images, axis=(1, 2), keepdims=True)
+    return np.where(high > low, (images - low) * 255 / np.maximum(high - low, 1e-6), images)
 
 
-def flattened(images):
+def flattened(images, backend):
     """Histogram equalization: each of 256 values moves to the share of pixels that are darker."""
-    batch_size = ops.shape(images)[0]
+    np = backend.numpy
+    batch_size = backend.shape(images)[0]
     _, height, width, channels = images.shape
-    values = ops.cast(ops.clip(ops.round(images), 0, 255), "int32")
-    values = ops.reshape(ops.transpose(values, (0, 3, 1, 2)), (-1, height * width))
+    values = backend.cast(np.clip(np.round(images), 0, 255), "int32")
+    values = np.reshape(np.transpose(values, (0, 3, 1, 2)), (-1, height * width))
     histograms = batch_size * channels
-    bins = values + 256 * ops.arange(histograms, dtype="int32")[:, None]
-    counts = ops.segment_sum(
-        ops.ones_like(ops.reshape(bins, (-1,))), ops.reshape(bins, (-1,)), 256 * histograms
+    bins = values + 256 * np.arange(histograms, dtype="int32")[:, None]
+    counts = backend.math.segment_sum(
+        np.ones_like(np.reshape(bins, (-1,))), np.reshape(bins, (-1,)), 256 * histograms
     )
-    counts = ops.reshape(counts, (-1, 256))
+    counts = np.reshape(counts, (-1, 256))
     # As Pillow does it, in whole numbers: the brightest value's pixels are not counted.
-    brightest = ops.max(values, axis=1, keepdims=True)
-    of_brightest = ops.take_along_axis(counts, brightest, axis=1)
+    brightest = np.max(values, axis=1, keepdims=True)
+    of_brightest = np.take_along_axis(counts, brightest, axis=1)
     step = (height * width - of_brightest) // 255
-    darker = ops.cumsum(counts, axis=1) - counts
-    table = ops.minimum((darker + step // 2) // ops.maximum(step, 1), 255)
-    equalized = ops.take(ops.reshape(table, (-1,)), bins, axis=0)
-    equalized = ops.where(step > 0, equalized, values)
-    equalized = ops.reshape(ops.cast(equalized, "float32"), (-1, channels, height, width))
-    return ops.transpose(equalized, (0, 2, 3, 1))
+    darker = np.cumsum(counts, axis=1) - counts
+    table = np.minimum((darker + step // 2) // np.maximum(step, 1), 255)
+    equalized = np.take(np.reshape(table, (-1,)), bins, axis=0)
+    equalized = np.where(step > 0, equalized, values)
+    equalized = np.reshape(backend.cast(equalized, "float32"), (-1, channels, height, width))
+    return np.transpose(equalized, (0, 2, 3, 1))
 
 
-def _grey(images):
+def _grey(images, np):
     """Brightness `(B, H, W, 1)` of images."""
     if images.shape[-1] != 3:
-        return ops.mean(images, axis=-1, keepdims=True)
-    return ops.sum(images * ops.convert_to_tensor(LUMA), axis=-1, keepdims=True)
+        return np.mean(images, axis=-1, keepdims=True)
+    return np.sum(images * np.array(LUMA, "float32"), axis=-1, keepdims=True)
