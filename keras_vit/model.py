@@ -149,6 +149,8 @@ class VisionTransformer(keras.Model):
         self._mixing = mixing
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
+        # Short digests of the image files that it was trained or validated on, if there are any.
+        self.seen = ()
         self._config = {
             "image_shape": image_shape,
             "dropout": dropout,
@@ -190,7 +192,13 @@ class VisionTransformer(keras.Model):
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
         frozen = [layer.name for layer in self.layers if not layer.trainable]
-        return {**self._config, "augmentation": layers, "name": self.name, "frozen": frozen}
+        return {
+            **self._config,
+            "augmentation": layers,
+            "name": self.name,
+            "frozen": frozen,
+            "seen": list(self.seen),
+        }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -199,8 +207,9 @@ class VisionTransformer(keras.Model):
             for layer in config["augmentation"]
         ]
         settings = {**config, "augmentation": layers}
-        frozen = settings.pop("frozen", [])
+        frozen, seen = settings.pop("frozen", []), settings.pop("seen", ())
         model = cls(**settings)
+        model.seen = tuple(seen)
         for name in frozen:
             model.get_layer(name).trainable = False
         return model
