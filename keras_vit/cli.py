@@ -293,7 +293,7 @@ def run(named, figures_dir: str | None = "figures"):
 
 def training_part(dataset, options):
     """The data that a run learns from, and what it holds out, which may be None."""
-    validation = None
+    validation = dataset.validation
     if options.validation:
         dataset, validation = dataset.hold_out(options.validation, options.seed)
     if options.limit_train:

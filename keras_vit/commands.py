@@ -80,7 +80,7 @@ def parse(arguments):
         command_parser.set_defaults(command=command)
         return command_parser
 
-    one = add(evaluate, "measure a model on a test set and draw what it does", about_data)
+    one = add(evaluate, "measure a model on images that it was not trained on", about_data)
     one.add_argument(
         "-o", "--output", metavar="DIR", type=pathlib.Path, help="folder for numbers and pictures"
     )
@@ -116,16 +116,16 @@ def parse(arguments):
 
 
 def evaluate(options):
-    """Prints the numbers of a saved model on a test set; draws its pictures if told where."""
+    """Prints the numbers of a saved model on images that it has not seen, and draws pictures."""
     model = load(options.model)
-    dataset = dataset_for(model, options.model, options.dataset, options.data_dir)
+    dataset, left_out = unseen_by(model, options)
     if options.output and (options.output / "config.json").exists():
         raise Failure(f"{options.output} holds a run, whose numbers would be lost")
     probabilities, metrics = cli.evaluate(model, dataset)
     if options.output:
         with cli.saying_where_writing_fails(options.output):
             options.output.mkdir(parents=True, exist_ok=True)
-            facts = {"dataset": dataset.name, "model": options.model.name}
+            facts = {"dataset": dataset.name, "model": options.model.name, "left_out": left_out}
             cli.write_json(options.output / "metrics.json", {**facts, **metrics})
             from keras_vit import figures
 
@@ -257,7 +257,7 @@ def report(options):
     with cli.saying_where_writing_fails(options.run), tempfile.TemporaryDirectory() as folder:
         try:
             dataset = dataset_for(model, source, run.dataset, run.data_dir)
-            dataset, _ = cli.training_part(dataset, run)
+            dataset, _ = cli.training_part(dataset.without(model.seen), run)
             history = read_history(options.run)
             probabilities = evaluation.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
@@ -296,6 +296,33 @@ def free_name(folder, path, taken):
     return folder / name
 
 
+def unseen_by(model, options):
+    """What a model is measured on, and how many images of a folder are left out for which reason.
+
+    Of a folder, that is every image that the model was neither trained nor validated on.
+    """
+    from keras_vit import data
+
+    if not data.is_folder(options.dataset):
+        return dataset_for(model, options.model, options.dataset, options.data_dir), {}
+    try:
+        dataset, left_out = data.load_unseen(
+            options.dataset, model.input_shape[1:3], model.class_names, frozenset(model.seen)
+        )
+    except data.DatasetError as error:
+        raise Failure(str(error)) from error
+    check_suits(model, options.model, dataset)
+    count = len(dataset.test_labels)
+    total = count + sum(left_out.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+    print(
+        f"Measured on {count:,} of {total:,} images in {options.dataset}, without {reasons}"
+        if left_out
+        else f"Measured on all {count:,} images in {options.dataset}"
+    )
+    return dataset, left_out
+
+
 def dataset_for(model, path, name, data_dir):
     """The data set of a name, with images and classes such as the model of a path takes."""
     from keras_vit import data
@@ -308,6 +335,12 @@ def dataset_for(model, path, name, data_dir):
         dataset = data.load_dataset(name, data_dir, size)
     except data.DatasetError as error:
         raise Failure(str(error)) from error
+    check_suits(model, path, dataset)
+    return dataset
+
+
+def check_suits(model, path, dataset):
+    """Refuses a data set whose images or classes are not what the model of a path takes."""
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
         raise Failure(f"{path} takes images of {expected}, {dataset.name} has {found}")
@@ -317,7 +350,6 @@ def dataset_for(model, path, name, data_dir):
             f"{path} tells apart {', '.join(class_names(model))}, but {dataset.name} "
             f"{', '.join(names)}"
         )
-    return dataset
 
 
 def class_names(model):

@@ -2,16 +2,29 @@
 
 import dataclasses
 import hashlib
+import json
 import math
 import pathlib
 import zipfile
 import zlib
+from collections.abc import Collection, Sequence
 
 import keras
 import numpy as np
 
 from keras_vit import files
-from keras_vit.image_files import ImageError, read_folder
+from keras_vit.image_files import (
+    COPY,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    ImageError,
+    ImageFile,
+    check_trainable,
+    list_folder,
+    read_folder,
+    warn_of_split,
+)
 
 # Sets whose classes a mirror changes: a mirrored 2 is no digit.
 NOT_MIRRORED = {
@@ -26,6 +39,10 @@ NOT_MIRRORED = {
     "svhn",
     "svhn_cropped",
 }
+# Hexadecimal digits of an image's digest that a model carries.
+SHORT = 12
+# What an image of a manifest is for that `limit_train` leaves out.
+UNUSED = "unused"
 # Share of the images that becomes the test set where a source has none; the seed never changes.
 TEST_SHARE, TEST_SEED = 0.2, 0
 # Side that images are resized to where those of a set differ in size or are larger than LARGEST.
@@ -69,6 +86,9 @@ class Dataset:
         train_labels, test_labels: int64 arrays `(N,)`, 0 to `len(class_names) - 1`.
         class_names: list of strings.
         horizontal_flip: bool, whether a mirrored image keeps its class.
+        validation: pair `(images, labels)` to validate on, if the source sets some apart.
+        manifest: tuple of `ImageFile`, what a folder's files are for, those of each split in the
+            order of its images; None of other sources.
     """
 
     name: str
@@ -78,25 +98,58 @@ class Dataset:
     test_labels: np.ndarray
     class_names: list[str]
     horizontal_flip: bool
+    validation: tuple[np.ndarray, np.ndarray] | None = None
+    manifest: tuple[ImageFile, ...] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.train_images.shape[1:]
 
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Short digests of the images of a folder that are there to train or to validate on."""
+        files = self.manifest or ()
+        return tuple(x.digest[:SHORT] for x in files if x.split in (TRAIN, VALIDATION))
+
+    def without(self, seen: Collection[str]) -> "Dataset":
+        """The same data but for the test images of a folder whose short digest is among `seen`."""
+        if self.manifest is None:
+            return self
+        is_new = [x.digest[:SHORT] not in seen for x in self.manifest if x.split == TEST]
+        if all(is_new):
+            return self
+        images, labels = self.test_images[is_new], self.test_labels[is_new]
+        files = [x for x in self.manifest if x.split != TEST or x.digest[:SHORT] not in seen]
+        return dataclasses.replace(
+            self, test_images=images, test_labels=labels, manifest=tuple(files)
+        )
+
     def limit_train(self, count: int, seed: int) -> "Dataset":
         """The same data with at most `count` training images, each class in proportion."""
-        return self._split_train(min(count, len(self.train_labels)), seed, f"train on {count}")[0]
+        return self._split_train(
+            min(count, len(self.train_labels)), seed, f"train on {count}", UNUSED
+        )[0]
 
     def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
         """Sets `count` training images aside, drawn from each class in proportion.
 
         Returns:
             The data without them, and the pair `(images, labels)` held out.
+
+        Raises:
+            ValueError: if the data have images to validate on, or too few for either side.
         """
-        kept, aside = self._split_train(len(self.train_labels) - count, seed, f"hold out {count}")
+        wish = f"hold out {count}"
+        if self.validation is not None:
+            raise ValueError(
+                f"{self.name} has {len(self.validation[1])} images of its own to validate on. "
+                f"Received: a wish to {wish} of those to train on"
+            )
+        count = len(self.train_labels) - count
+        kept, aside = self._split_train(count, seed, wish, VALIDATION)
         return kept, (self.train_images[aside], self.train_labels[aside])
 
-    def _split_train(self, count, seed, wish):
+    def _split_train(self, count, seed, wish, split):
         total, classes = len(self.train_labels), len(self.class_names)
         if count == total:
             return self, np.empty(0, int)
@@ -106,8 +159,18 @@ class Dataset:
                 f"{classes} or more on either side. Received: a wish to {wish} of them"
             )
         kept, aside = stratified_split(self.train_labels, count, seed)
+        manifest = self.manifest
+        if manifest is not None:
+            manifest = list(manifest)
+            places = [place for place, file in enumerate(manifest) if file.split == TRAIN]
+            for place in (places[index] for index in aside):
+                manifest[place] = dataclasses.replace(manifest[place], split=split)
+            manifest = tuple(manifest)
         images, labels = self.train_images[kept], self.train_labels[kept]
-        return dataclasses.replace(self, train_images=images, train_labels=labels), aside
+        data = dataclasses.replace(
+            self, train_images=images, train_labels=labels, manifest=manifest
+        )
+        return data, aside
 
 
 class Batches(keras.utils.PyDataset):
@@ -179,12 +242,13 @@ def load_dataset(
             `*.npz` with Keras's arrays `x_train`, `y_train`, `x_test` and
             `y_test`, and `class_names` if it has them; a folder with one
             sub-folder of images per class, or with `train` and `test` above
-            them; or the name of any
-            image classification set of TensorFlow Datasets, such as
+            them, and `val` if it has images to validate on; or the name of
+            any image classification set of TensorFlow Datasets, such as
             `"cifar10"`, whose images of different sizes, or with a side of over
             128 pixels, are resized to 64x64 (those of a folder to their
             median side, from 32 to 64). A set without a labelled test or
-            validation split gives up a fifth of its images for one.
+            validation split gives up a fifth of its images for one; in a
+            folder, the path of each file inside it decides.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
         image_size: int or pair `(height, width)`, pixels that the images of
@@ -211,8 +275,70 @@ def is_folder(source):
     return source not in NAMED and files.is_folder(source)
 
 
-def digest(images, labels):
-    """A string that differs for different images, labels or orders of them."""
+def load_unseen(
+    folder: str,
+    image_size: tuple[int, int],
+    class_names: Sequence[str] | None,
+    seen: Collection[str],
+) -> tuple[Dataset, dict[str, int]]:
+    """Loads all images of a folder that a model has not seen, to test it on.
+
+    Args:
+        folder: string, a folder as `load_dataset` takes it, with some of the classes.
+        image_size: pair `(height, width)`, pixels that images are resized to.
+        class_names: names of the model's classes in their order; None for the sorted sub-folders.
+        seen: short digests of the images that the model was trained or validated on; if empty,
+            nobody knows them, and only what `load_dataset` tests on is taken.
+
+    Returns:
+        A `Dataset` whose test images they are, and whose training images as well; and how many
+        images were left out, by the reason.
+
+    Raises:
+        DatasetError: if there is none, or if one in a hundred files cannot be read.
+    """
+    path = pathlib.Path(folder).expanduser()
+    with _naming(path):
+        listed, names = list_folder(path, TEST_SHARE)
+        class_names = list(names if class_names is None else class_names)
+        others = ", ".join(name for name in names if name not in class_names)
+        if not set(names) & set(class_names):
+            raise DatasetError(
+                f"{folder} has images of {others}, expected some of {', '.join(class_names)}"
+            )
+        images, files = read_folder(path, listed, image_size)
+    reasons = {
+        "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
+        "that are copies of others": lambda x: x.split == COPY,
+        f"of classes that the model does not know ({others})": lambda x: (
+            x.class_name not in class_names
+        ),
+        "that are not for testing, as the model does not tell what it was trained on": lambda x: (
+            not seen and x.split != TEST
+        ),
+    }
+    why = [next((y for y, holds in reasons.items() if holds(x)), None) for x in files]
+    left_out = {reason: why.count(reason) for reason in reasons if reason in why}
+    if len(files) < len(listed):
+        left_out["that cannot be read"] = len(listed) - len(files)
+    kept = np.array([reason is None for reason in why])
+    if not kept.any():
+        found = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise DatasetError(f"{folder} has no image to test on, only {found}")
+    images = images if kept.all() else images[kept]
+    files = [dataclasses.replace(file, split=TEST) for file, taken in zip(files, kept) if taken]
+    labels = np.array([class_names.index(file.class_name) for file in files], "int64")
+    name, pair = path.resolve().name, (images, labels)
+    return Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files)), left_out
+
+
+def digest(dataset):
+    """A string that differs for different training images, labels or orders of them."""
+    if dataset.manifest is not None:
+        files = [(x.class_name, x.digest) for x in dataset.manifest if x.split == TRAIN]
+        content = json.dumps([dataset.image_shape, dataset.class_names, files])
+        return hashlib.sha256(content.encode()).hexdigest()
+    images, labels = dataset.train_images, dataset.train_labels
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
     for array in (images, labels):
         content.update(np.ascontiguousarray(array).data)
@@ -243,15 +369,41 @@ def _load_digits():
 
 
 def _load_folder(folder, image_size):
+    with _naming(folder):
+        files, names = list_folder(folder, TEST_SHARE)
+        check_trainable(folder, files, names)
+        images, files = read_folder(folder, files, image_size)
+        check_trainable(folder, files, names)
+    warn_of_split(files, names)
+    labels = np.array([names.index(file.class_name) for file in files], "int64")
+    splits = [file.split for file in files]
+
+    def part(split):
+        """Views, as the manifest has the images of a split side by side."""
+        start, count = splits.index(split), splits.count(split)
+        return images[start : start + count], labels[start : start + count]
+
+    name = folder.resolve().name
+    return Dataset(
+        name,
+        *part(TRAIN),
+        *part(TEST),
+        class_names=names,
+        horizontal_flip=name not in NOT_MIRRORED,
+        validation=part(VALIDATION) if VALIDATION in splits else None,
+        manifest=tuple(files),
+    )
+
+
+@contextlib.contextmanager
+def _naming(folder):
+    """Turns what is wrong with a folder into a `DatasetError`."""
     try:
-        *arrays, names = read_folder(folder, image_size, TEST_SHARE, TEST_SEED)
+        yield
     except ImageError as error:
         raise DatasetError(str(error)) from error
     except OSError as error:
         raise DatasetError(f"{folder} cannot be read: {error.strerror or error}") from error
-    name = folder.resolve().name
-    mirror = name not in NOT_MIRRORED
-    return Dataset(name, *arrays, class_names=names, horizontal_flip=mirror)
 
 
 def _load_npz(source):

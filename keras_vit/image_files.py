@@ -1,10 +1,12 @@
 """Image files of any kind as arrays of pixels: one by one, or a folder with one of them per class.
 
-A folder is decoded once, by all cores, into a file in the user's cache; a set of over 2 GiB stays
-there, and training reads what it needs.
+A folder's manifest says what each file is for. All of them are decoded once, by all cores, into a
+file in the user's cache; a set of over 2 GiB stays there, and training reads what it needs.
 """
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -12,6 +14,7 @@ import os
 import pathlib
 import sys
 import time
+import unicodedata
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -31,8 +34,12 @@ MOST_UNREADABLE = 0.01
 IN_MEMORY = 2 * 2**30
 # What a killed process was writing is removed from the cache after so many seconds.
 ABANDONED = 24 * 3600
-# Names of the folders that hold the images to test on.
-TEST_FOLDERS = ("test", "val", "validation")
+# Names of the folders beside `train` that hold images to test on or, after the first that is
+# there, to validate on.
+OTHER_FOLDERS = ("test", "val", "validation")
+# What an image file is for, in the order of a manifest. A copy is for nothing: a later split has a
+# file of the same content.
+SPLITS = TRAIN, VALIDATION, TEST, COPY = "train", "validation", "test", "copy"
 
 
 class ImageError(RuntimeError):
@@ -79,101 +86,180 @@ def read_image(path, size=None, channels=3):
         raise ImageError(_reason(error)) from error
 
 
-def read_folder(folder, image_size=None, test_share=0.2, seed=0):
-    """Reads labelled images out of a folder with one sub-folder per class.
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """An entry of a folder's manifest.
+
+    Attributes:
+        path: string, the file's place inside the folder.
+        class_name: string, the sub-folder that it lies in.
+        split: string, what it is for: one of `SPLITS`.
+        digest: string, SHA-256 of its content in hexadecimal; empty if it cannot be read.
+        moved: bool, whether it is on another side than its path says, because its class would have
+            none there.
+    """
+
+    path: str
+    class_name: str
+    split: str
+    digest: str
+    moved: bool = False
+
+
+def list_folder(folder, test_fraction=0.2):
+    """The manifest of a folder of images: what each file is for.
+
+    Where no `test` or `val` lies beside `train`, a hash of its path inside the folder decides
+    whether a file is tested on: it stays so whatever else the folder holds, and wherever that lies.
+    Only a class whose files would all be on one side has one of them moved to the other.
 
     Args:
-        folder: `Path` of a folder of sub-folders, which name the classes; or of a folder with
-            `train` and `test` (or `val`) above them.
+        folder: `Path` of a folder with one sub-folder of images per class; or with `train` and
+            `test` (or `val`, or both) above them.
+        test_fraction: float, how likely a file is tested on.
+
+    Returns:
+        List of `ImageFile` in the order of `SPLITS`, and sorted names of the classes.
+
+    Raises:
+        ImageError: if there are no files.
+    """
+    parts = _parts(folder)
+    files, names = [], set()
+    for split, top in parts.items():
+        for class_folder in _sub_folders(top):
+            paths, name = visible(class_folder), class_folder.name
+            tested, moved = _set_aside(top, paths, test_fraction) if len(parts) == 1 else ((), ())
+            names.add(name)
+            files += [(x, name, TEST if x in tested else split, x in moved) for x in paths]
+    if not files:
+        raise ImageError(f"{folder} has no images in sub-folders, which should name their classes")
+    digests = _digests(folder, [path for path, *_ in files])
+    last = {}
+    for (_, _, split, _), digest in zip(files, digests):
+        last[digest] = max(split, last.get(digest, split), key=SPLITS.index)
+    manifest = [
+        ImageFile(
+            path.relative_to(folder).as_posix(),
+            name,
+            split if last[digest] == split or not digest else COPY,
+            digest,
+            moved,
+        )
+        for (path, name, split, moved), digest in zip(files, digests)
+    ]
+    return sorted(manifest, key=lambda x: (SPLITS.index(x.split), x.path)), sorted(names)
+
+
+def read_folder(folder, files, image_size=None):
+    """Reads the images of a folder.
+
+    Args:
+        folder: `Path`.
+        files: list of `ImageFile`, its manifest.
         image_size: int or pair `(height, width)`, pixels that images are resized to; by default
             their own size if all agree and it is at most 128, else what suits their median, from
             32 to 64.
-        test_share: float, share of each class that becomes the test set where none is set apart.
-        seed: int, decides which images those are.
 
     Returns:
-        Training images, training labels, test images, test labels and class names, as a `Dataset`
-        holds them. Large sets of images are memory-mapped.
+        uint8 array `(N, H, W, 3)`, memory-mapped if it is large; and those of `files` that could be
+        read, one for each image. stderr tells the others.
 
     Raises:
-        ImageError: if there are no images, fewer than two classes, a class without images, a test
-            class that training lacks, an image of over 89 million pixels, or if one in a hundred
-            files cannot be read.
+        ImageError: if an image has over 89 million pixels, or one in a hundred files cannot be
+            read.
     """
-    files, labels, names, train_count = _listed(folder, test_share, seed)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     images, unreadable = _decoded(folder, files, size)
     if unreadable:
-        lines = [
-            f"{os.fsencode(path.relative_to(folder)).decode(errors='backslashreplace')}: {reason}"
-            for path, reason in unreadable.items()
-        ]
+        lines = [f"{_printable(path)}: {reason}" for path, reason in unreadable.items()]
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
         if len(unreadable) >= MOST_UNREADABLE * len(files):
             raise ImageError(
                 f"{len(unreadable)} of {len(files)} files in {folder} cannot be read ({shown})"
             )
         for line in lines:
-            print(f"WARNING: left out {line}", file=sys.stderr)
-    readable = np.array([path not in unreadable for path in files])
-    labels, train_count = labels[readable], int(readable[:train_count].sum())
-    for label, name in enumerate(names):
-        if not (labels[:train_count] == label).any():
-            raise ImageError(f"class {name!r} in {folder} has no training image that can be read")
-    if train_count == len(labels):
-        raise ImageError(f"{folder} has no test image that can be read")
-    train, test = slice(train_count), slice(train_count, None)
-    return images[train], labels[train], images[test], labels[test], names
+            warn(f"left out {line}")
+    return images, [file for file in files if file.path not in unreadable]
 
 
-def _listed(folder, test_share, seed):
-    """Files, training ones in front, their labels, class names and the number for training."""
-    tops = {path.name: path for path in _sub_folders(folder)}
-    test = next((tops[name] for name in TEST_FOLDERS if name in tops), None)
-    if "train" not in tops or (test is None and len(tops) > 1):
-        tops, test = {"train": folder}, None
-    by_class = _by_class(tops["train"])
-    names = list(by_class)
-    if not any(by_class.values()):
-        raise ImageError(
-            f"{tops['train']} has no images in sub-folders, which should name their classes"
-        )
+def check_trainable(folder, files, names):
+    """Raises an `ImageError` unless a manifest has two classes to train on, and images to test on.
+
+    Args:
+        folder: `Path`, for the message.
+        files: list of `ImageFile`.
+        names: names of the classes.
+    """
     if len(names) < 2:
-        raise ImageError(f"{tops['train']} has images of one class only, {names[0]!r}")
-    for name, files in by_class.items():
+        raise ImageError(f"{folder} has images of one class only, {names[0]!r}")
+    filled = {file.class_name for file in files}
+    trained = {file.class_name for file in files if file.split == TRAIN}
+    for name in names:
         if not _is_text(name):
-            raise ImageError(f"class {name!r} in {tops['train']} has a name that is not UTF-8")
-        if not files:
-            raise ImageError(f"class {name!r} in {tops['train']} has no images")
-    train = [(file, label) for label, name in enumerate(names) for file in by_class[name]]
-    if test is None:
-        train, tests = _set_aside(folder, train, test_share, seed)
-    else:
-        tests = _by_class(test)
-        for name in tests:
-            if name not in by_class:
-                raise ImageError(f"class {name!r} in {test} is none of {tops['train']}")
-        tests = [(file, names.index(name)) for name in tests for file in tests[name]]
-        if not tests:
-            raise ImageError(f"{test} has no images in sub-folders, which should name the classes")
-    files, labels = zip(*train, *tests)
-    return files, np.array(labels, "int64"), names, len(train)
+            raise ImageError(f"class {name!r} in {folder} has a name that is not UTF-8")
+        if name not in filled:
+            raise ImageError(f"class {name!r} in {folder} has no images")
+        if name not in trained:
+            raise ImageError(
+                f"class {name!r} in {folder} has no training image that can be read and is no copy "
+                "of a test image"
+            )
+    if not any(file.split == TEST for file in files):
+        raise ImageError(f"{folder} has no test image that can be read")
 
 
-def _set_aside(folder, labelled, share, seed):
-    """Splits pairs of file and label into training and test, each class in proportion."""
-    from sklearn.model_selection import train_test_split
-
-    labels = [label for _, label in labelled]
-    try:
-        train, test = train_test_split(
-            labelled, test_size=share, stratify=labels, random_state=seed
+def warn_of_split(files, names):
+    """Tells stderr where a manifest is not what the paths of its files alone say."""
+    for file in files:
+        if file.moved and file.split != COPY:
+            side = "training" if file.split == TRAIN else file.split
+            warn(
+                f"class {file.class_name!r} has too few images to lie on both sides: "
+                f"{_printable(file.path)} was moved to the {side} images"
+            )
+    tested = {file.class_name for file in files if file.split == TEST}
+    if untested := [name for name in names if name not in tested]:
+        warn(f"no test image of class {', '.join(map(repr, untested))}")
+    copies = [_printable(file.path) for file in files if file.split == COPY]
+    if copies:
+        warn(
+            f"left out {len(copies)} images that are copies of others to test or validate on: "
+            + ", ".join(copies[:5])
+            + (", ..." if len(copies) > 5 else "")
         )
-    except ValueError as error:
-        raise ImageError(
-            f"{folder} has too few images of some class to set some aside for testing"
-        ) from error
-    return sorted(train, key=lambda pair: pair[0]), sorted(test, key=lambda pair: pair[0])
+
+
+def warn(message):
+    print(f"WARNING: {message}", file=sys.stderr)
+
+
+def _parts(folder):
+    """The folders above those of the classes, by what their images are for."""
+    tops = {path.name: path for path in _sub_folders(folder)}
+    others = [tops[name] for name in OTHER_FOLDERS if name in tops]
+    if "train" in tops and (others or len(tops) == 1):
+        return dict(zip((TRAIN, TEST, VALIDATION), (tops["train"], *others)))
+    return {TRAIN: folder}
+
+
+def _set_aside(top, paths, fraction):
+    """The files of a class to test on; and the one among all that had to be moved, if any."""
+    places = {path: _place(path.relative_to(top)) for path in paths}
+    tested = {path for path in paths if places[path] < fraction}
+    if 0 < len(tested) < len(paths) or not paths:
+        return tested, set()
+    if len(paths) == 1:
+        return set(), tested
+    moved = {(max if tested else min)(paths, key=lambda path: places[path])}
+    return tested ^ moved, moved
+
+
+def _place(path):
+    """A number in [0, 1) that follows from a path alone."""
+    # macOS takes accents apart.
+    name = os.fsencode(unicodedata.normalize("NFC", path.as_posix()))
+    return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
 
 
 def _is_text(name):
@@ -184,14 +270,13 @@ def _is_text(name):
         return False
 
 
+def _printable(path):
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
 def _sub_folders(folder):
     found = sorted(path for path in folder.iterdir() if path.is_dir())
     return [path for path in found if not path.name.startswith(".")]
-
-
-def _by_class(folder):
-    """Files in and below each sub-folder, by its name."""
-    return {path.name: visible(path) for path in _sub_folders(folder)}
 
 
 def _common_size(files):
@@ -259,34 +344,75 @@ def _reason(error):
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _decoded(folder, files, size):
-    """All images that can be read as one array, from the cache if it has them; reasons by path."""
-    stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
-    # A change of permissions changes nothing but `st_ctime`.
-    facts = [(name, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for name, s in stats]
-    content = json.dumps([str(folder.resolve()), size, facts])
-    key = hashlib.sha256(content.encode("utf-8", "surrogateescape")).hexdigest()[:24]
+@contextlib.contextmanager
+def _cache():
+    """Lends the folder that holds what was decoded."""
     place = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "keras_vit"
-    array, notes = place / f"{key}.npy", place / f"{key}.json"
     try:
-        if not (array.exists() and notes.exists()):
-            place.mkdir(parents=True, exist_ok=True)
-            for part in place.glob(PARTS):
-                if time.time() - part.stat().st_mtime > ABANDONED:
-                    part.unlink()
-            with whole(array) as part:
-                unreadable = _decode(files, size or _common_size(files), part)
-            write_json(notes, {str(path.relative_to(folder)): x for path, x in unreadable.items()})
-        reasons = json.loads(notes.read_text(encoding="utf-8", errors="surrogateescape"))
-        unreadable = {folder / path: reason for path, reason in reasons.items()}
-        images = np.load(array, mmap_mode="r")
-        images = images[: len(files) - len(unreadable)]
-        return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
+        place.mkdir(parents=True, exist_ok=True)
+        yield place
     except OSError as error:
         raise ImageError(
             f"{place} cannot be read or written ({error.strerror or error}): the environment "
             "variable XDG_CACHE_HOME names another folder"
         ) from error
+
+
+def _digests(folder, paths):
+    """Digests of files, from the cache where nothing about a file has changed."""
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    with _cache() as place:
+        notes = place / f"{_digest_of_text(folder.resolve())}-digests.json"
+        try:
+            known = json.loads(notes.read_text(encoding="utf-8", errors="surrogateescape"))
+        except (FileNotFoundError, ValueError):
+            known = {}
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            found = list(pool.map(lambda x, name: _facts(x, known.get(name)), paths, names))
+        now = {name: facts for name, facts in zip(names, found) if facts[-1]}
+        if now != known:
+            write_json(notes, now)
+    return [digest for *_, digest in found]
+
+
+def _facts(path, known):
+    """A file's size, its times and its digest, which is taken over if the others are as known."""
+    try:
+        stat = path.stat()
+        # A change of permissions changes nothing but `st_ctime`.
+        facts = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+        if known and known[:-1] == facts:
+            return known
+        with open(path, "rb") as file:
+            return [*facts, hashlib.file_digest(file, "sha256").hexdigest()]
+    except OSError:  # Reading it as an image will tell.
+        return [0, 0, 0, ""]
+
+
+def _digest_of_text(text):
+    return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:24]
+
+
+def _decoded(folder, files, size):
+    """All images that can be read as one array, from the cache if it has them; reasons by path."""
+    content = json.dumps([size, [(file.path, file.digest) for file in files]])
+    paths = [folder / file.path for file in files]
+    with _cache() as place:
+        key = _digest_of_text(content)
+        array, notes = place / f"{key}.npy", place / f"{key}.json"
+        if not (array.exists() and notes.exists()):
+            for part in place.glob(PARTS):
+                if time.time() - part.stat().st_mtime > ABANDONED:
+                    part.unlink()
+            with whole(array) as part:
+                unreadable = _decode(paths, size or _common_size(paths), part)
+            write_json(
+                notes, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
+            )
+        unreadable = json.loads(notes.read_text(encoding="utf-8", errors="surrogateescape"))
+        images = np.load(array, mmap_mode="r")
+        images = images[: len(files) - len(unreadable)]
+        return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
 
 
 def _decode(files, size, part):
@@ -308,7 +434,7 @@ def _decode(files, size, part):
         except TooLarge:
             raise
         except ImageError as error:
-            return str(error)
+            return str(error).replace(repr(str(path)), "").strip()
 
     unreadable, row = {}, 0
     with concurrent.futures.ThreadPoolExecutor() as pool:

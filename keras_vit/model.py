@@ -173,6 +173,8 @@ class VisionTransformer(keras.Model):
         self._mixing = mixing
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
+        # Short digests of the image files that it was trained or validated on, if there are any.
+        self.seen = ()
         self._config = {
             "image_shape": image_shape,
             "dropout": dropout,
@@ -230,6 +232,7 @@ class VisionTransformer(keras.Model):
             **self._config,
             "augmentation": layers,
             "name": self.name,
+            "seen": list(self.seen),
             "trainable_layers": {
                 path: layer.trainable
                 for path, layer, parent in inside
@@ -255,7 +258,9 @@ class VisionTransformer(keras.Model):
         trainable = dict.fromkeys(settings.pop("frozen", ()), False)
         trainable |= settings.pop("trainable_layers", {})
         quantized = settings.pop("quantized_layers", {})
+        seen = settings.pop("seen", ())
         model = cls(**settings)
+        model.seen = tuple(seen)
         for path, layer, _ in _inside(model):
             if path in quantized and layer.quantization_mode is None:
                 settings = keras.saving.deserialize_keras_object(quantized[path]["config"])

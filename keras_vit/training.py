@@ -104,6 +104,7 @@ def build_model(dataset, recipe, dtype=None):
         dtype=dtype,
     )
     model.adapt(dataset.train_images)
+    model.seen = dataset.seen
     return model
 
 
@@ -174,7 +175,7 @@ def fit(
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     compile_model(model, recipe, batches.num_batches)
-    data = digest(dataset.train_images, dataset.train_labels) if run_dir else ""
+    data = digest(dataset) if run_dir else ""
     journal = Journal(model, batches, run_dir, save_every, data)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),

@@ -3,9 +3,15 @@
 import os
 import pathlib
 
+import keras
+import numpy as np
 import pytest
+from PIL import Image
 
-from keras_vit import load_dataset
+from keras_vit import commands, load_dataset
+
+TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--batch-size=8"]
+CLASSES = {"$_$": 0, "accuracy": 1, "blå": 2}  # Names that pictures must show; their channels.
 
 PREPARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
 if PREPARED.is_dir():
@@ -18,6 +24,34 @@ def cifar10_on_disk():
     if not (pathlib.Path(folder).expanduser() / "cifar10").exists():
         pytest.skip("CIFAR-10 is not on disk")
     return load_dataset("cifar10")
+
+
+def coloured(channel, seed):
+    """An image of 20x24 noisy pixels in which a channel is the brightest."""
+    pixels = np.random.default_rng([channel, seed]).integers(0, 80, (20, 24, 3))
+    pixels[..., channel] += 150
+    return Image.fromarray(pixels.astype("uint8"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """`images`, a folder of 75 images in three colours, and `run`, that of a model trained on it.
+
+    One training from the command line, with pictures and report, that many tests read.
+    """
+    root = tmp_path_factory.mktemp("place")
+    for name, channel in CLASSES.items():
+        (root / "images" / name).mkdir(parents=True)
+        for index in range(25):
+            coloured(channel, index).save(root / "images" / name / f"{index}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root / "cache"))
+        patch.setenv("KERAS_BACKEND", keras.backend.backend())
+        patch.chdir(root)
+        words = [f"--dataset={root / 'images'}", "--output=run", "--no-horizontal-flip"]
+        settings = ["--recipe=baseline", "--learning-rate=0.003", "--epochs=2"]
+        assert commands.main(["train", *TINY, *words, *settings]) == 0
+    return root
 
 
 # By kind of fault: how many were tried, how many survived, epochs lost, files damaged.

@@ -325,6 +325,11 @@ def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_
     assert not data.horizontal_flip
 
 
+class Unpickled:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was read",)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -340,7 +345,9 @@ def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_
         ({"y_test": np.array([0, 1, 7])}, "up to 7"),
         ({"class_names": np.array(["one", "two"])}, "2 classes"),
         ({"class_names": np.array(["one", "two", "one"])}, "a class name twice"),
-        ({"y_train": np.array([None] * 6)}, "does not hold"),
+        ({"y_train": np.array(["cat"] * 6)}, "<U3"),
+        ({"x_train": np.zeros((0, 4, 4, 3), "uint8")}, r"\(0, 4, 4, 3\)"),
+        ({"x_train": np.array([Unpickled()] * 6)}, "does not hold .*Object arrays cannot be"),
     ],
 )
 def test_a_file_with_other_arrays_is_refused(changes, message, tmp_path):

@@ -1,5 +1,6 @@
 """Images of every kind as pixels, and folders of them as data sets."""
 
+import hashlib
 import io
 import os
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import VisionTransformer, data, image_files, load_dataset
-from keras_vit.image_files import ImageError, TooLarge, read_image
+from keras_vit import VisionTransformer, cli, data, image_files, load_dataset
+from keras_vit.image_files import SPLITS, ImageError, TooLarge, read_image
 
 
 @pytest.fixture(autouse=True)
@@ -171,24 +172,164 @@ def fill(folder, classes, count, size=(8, 8), suffix="png"):
     return folder
 
 
-def test_sub_folders_name_the_classes_and_a_fifth_is_set_aside(tmp_path):
-    folder = fill(tmp_path / "pets", ["zebra", "Żółw", "猫"], 10)
+PETS = ["zebra", "Żółw", "猫"]
+# Whatever this package becomes, a folder's test set stays what it was.
+TESTED = [
+    *("zebra/0.png", "zebra/2.png", "zebra/7.png"),
+    *("Żółw/0.png", "Żółw/3.png", "Żółw/4.png"),
+    *("猫/0.png", "猫/2.png", "猫/8.png"),
+]
+
+
+def test_sub_folders_name_the_classes_and_the_names_of_files_decide_what_is_tested_on(
+    tmp_path, capsys
+):
+    folder = fill(tmp_path / "pets", PETS, 10)
     (folder / ".hidden").mkdir()
     dataset = load_dataset(str(folder))
-    assert dataset.class_names == sorted(["zebra", "Żółw", "猫"])
+    assert dataset.class_names == sorted(PETS)
     assert (dataset.name, dataset.image_shape, dataset.horizontal_flip) == ("pets", (8, 8, 3), True)
-    assert np.bincount(dataset.train_labels).tolist() == [8, 8, 8]
-    assert np.bincount(dataset.test_labels).tolist() == [2, 2, 2]
-    # Every image once, under its own class.
-    classes = ["zebra", "Żółw", "猫"]
-    for label, name in enumerate(dataset.class_names):
-        number = classes.index(name)
-        expected = {picture(100 * number + index, 8, 8).tobytes() for index in range(10)}
-        train = dataset.train_images[dataset.train_labels == label]
-        test = dataset.test_images[dataset.test_labels == label]
-        assert {image.tobytes() for image in (*train, *test)} == expected
-    again = load_dataset(str(folder))
-    np.testing.assert_array_equal(again.test_images, dataset.test_images)
+    for name in PETS:
+        label = dataset.class_names.index(name)
+        for split, images, labels in (
+            (False, dataset.train_images, dataset.train_labels),
+            (True, dataset.test_images, dataset.test_labels),
+        ):
+            expected = {
+                picture(100 * PETS.index(name) + index, 8, 8).tobytes()
+                for index in range(10)
+                if (f"{name}/{index}.png" in TESTED) is split
+            }
+            found = [image.tobytes() for image in images[labels == label]]
+            assert set(found) == expected and len(found) == len(expected)
+    assert capsys.readouterr().err == ""
+
+
+def splits(folder):
+    """What each file of a folder is for, by its path."""
+    files, _ = image_files.list_folder(folder)
+    return {file.path: file.split for file in files}
+
+
+def test_other_files_and_the_place_of_a_folder_change_nothing_about_a_file(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 40, size=(2, 2))
+    before = splits(folder)
+    assert 8 <= list(before.values()).count("test") <= 24  # A fifth, give or take two sigmas.
+    for index in range(10):
+        saved(folder / "a" / f"new {index}.png", picture(1000 + index))
+    (folder / "b" / "0.png").unlink()
+    fill(folder, ["between"], 3)
+    after = splits(folder.rename(tmp_path / "elsewhere"))
+    assert len(after) == 80 + 10 - 1 + 3
+    assert {path: after[path] for path in before if path in after} == {
+        path: split for path, split in before.items() if path != "b/0.png"
+    }
+    (tmp_path / "top").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "top" / "train")
+    assert splits(tmp_path / "top") == {f"train/{path}": split for path, split in after.items()}
+
+
+def test_only_a_class_too_small_for_both_sides_moves_a_file_and_says_so(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a"], 40, size=(2, 2))
+    own = splits(folder)
+    trained = [path for path, split in own.items() if split == "train"][:3]
+    tested = [path for path, split in own.items() if split == "test"][:3]
+    for path in own:
+        if path not in (*trained, *tested):
+            (folder / path).unlink()
+    fill(folder, ["b"], 40)
+
+    def moved(*gone):
+        """What becomes of the class where some of its files are gone."""
+        contents = {path: (folder / path).read_bytes() for path in gone}
+        for path in gone:
+            (folder / path).unlink()
+        load_dataset(str(folder))
+        found = {path: split for path, split in splits(folder).items() if path.startswith("a/")}
+        for path, content in contents.items():
+            (folder / path).write_bytes(content)
+        changed = [path for path, split in found.items() if split != own[path]]
+        return changed, capsys.readouterr().err
+
+    assert moved() == ([], "")
+    for gone, side in ((tested, "test"), (trained, "training")):
+        (path,), said = moved(*gone)
+        assert said == (
+            "WARNING: class 'a' has too few images to lie on both sides: "
+            f"{path} was moved to the {side} images\n"
+        )
+    changed, said = moved(*trained, *tested[1:])
+    assert changed == tested[:1] and said.endswith("WARNING: no test image of class 'a'\n")
+
+
+def test_copies_of_test_images_are_not_trained_on(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 10)
+    before = load_dataset(str(folder))
+    paths = {split: [x for x, y in splits(folder).items() if y == split] for split in SPLITS}
+    copy = folder / paths["train"][0]
+    copy.write_bytes((folder / paths["test"][0]).read_bytes())
+    after = load_dataset(str(folder))
+    np.testing.assert_array_equal(after.test_images, before.test_images)
+    np.testing.assert_array_equal(after.train_images, before.train_images[1:])
+    assert "left out 1 images that are copies of others" in capsys.readouterr().err
+
+
+def test_images_to_validate_on_may_lie_beside_those_to_train_and_test_on(tmp_path):
+    for count, name in ((3, "train"), (2, "val"), (1, "test")):
+        fill(tmp_path / "set" / name, ["b"], 1, size=(count, 8))
+        fill(tmp_path / "set" / name, ["a", "b"], count, size=(8, count))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=(8, 9))
+    images, labels = dataset.validation
+    assert (dataset.train_labels.tolist(), dataset.test_labels.tolist()) == (
+        [0] * 3 + [1] * 3,
+        [0, 1],
+    )
+    assert labels.tolist() == [0, 0, 1, 1]
+    expected = read_image(tmp_path / "set" / "val" / "b" / "1.png", (8, 9))
+    np.testing.assert_array_equal(images[3], expected)
+    assert cli.training_part(dataset, cli.Run())[1] is dataset.validation
+    with pytest.raises(ValueError, match="set has 4 images of its own to validate on"):
+        dataset.hold_out(2, seed=0)
+
+
+def test_a_data_set_knows_which_files_it_shows_to_a_model(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 20)
+    dataset = load_dataset(str(folder))
+    contents = {
+        read_image(folder / path).tobytes(): hashlib.sha256(
+            (folder / path).read_bytes()
+        ).hexdigest()
+        for path in splits(folder)
+    }
+
+    def short(images):
+        return {contents[image.tobytes()][: data.SHORT] for image in images}
+
+    kept, (images, _) = dataset.hold_out(6, seed=0)
+    fewer = kept.limit_train(10, seed=0)
+    assert set(dataset.seen) == short(dataset.train_images)
+    assert set(kept.seen) == set(dataset.seen)
+    assert set(fewer.seen) == short(fewer.train_images) | short(images)
+    assert fewer.without(fewer.seen) is fewer
+    first = short(fewer.test_images[:1])
+    np.testing.assert_array_equal(fewer.without(first).test_images, fewer.test_images[1:])
+
+
+def test_other_training_images_are_another_data_set_and_other_test_images_are_not(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 10)
+
+    def digest():
+        return data.digest(load_dataset(str(folder)))
+
+    paths, before = splits(folder), digest()
+    (tested,) = [path for path in paths if paths[path] == "test"][:1]
+    saved(folder / tested, picture(1000, 8, 8))
+    assert digest() == before
+    folder = folder.rename(tmp_path / "other")
+    assert digest() == before
+    (trained,) = [path for path in paths if paths[path] == "train"][:1]
+    saved(folder / trained, picture(1001, 8, 8))
+    assert digest() != before
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
@@ -228,6 +369,9 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         patch.setattr(image_files.Image, "open", None)
         second = load_dataset(str(folder))
         np.testing.assert_array_equal(first.train_images, second.train_images)
+        folder = folder.rename(tmp_path / "renamed")
+        third = load_dataset(str(folder))
+        np.testing.assert_array_equal(first.train_images, third.train_images)
     # Until a file changes.
     saved(folder / "a" / "0.png", 255 - picture(0, 8, 8))
     os.utime(folder / "a" / "0.png", ns=(1, 1))
@@ -246,15 +390,16 @@ def test_what_became_readable_is_read(tmp_path):
         load_dataset(str(folder))
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert len(load_dataset(str(folder)).train_labels) == 8
+    dataset = load_dataset(str(folder))
+    assert len(dataset.train_labels) + len(dataset.test_labels) == 10
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 def test_half_a_cache_is_none(tmp_path, suffix):
     folder = fill(tmp_path / "set", ["a", "b"], 5)
     first = load_dataset(str(folder))
-    (gone,) = (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}")
-    gone.unlink()
+    for gone in (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}"):
+        gone.unlink()
     np.testing.assert_array_equal(load_dataset(str(folder)).train_images, first.train_images)
 
 
@@ -265,7 +410,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(data.DatasetError, match="No space left on device.*XDG_CACHE_HOME"):
         load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
-    assert list((tmp_path / "cache" / "keras_vit").iterdir()) == []
+    assert not list((tmp_path / "cache" / "keras_vit").glob("*.npy"))
 
 
 def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
@@ -314,12 +459,16 @@ BROKEN = {
     "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
     "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
     "has a name that is not UTF-8": lambda root: fill(root, ["a", os.fsdecode(b"caf\xe9")], 5),
-    "too few images of some class": lambda root: (fill(root, ["a"], 5), fill(root, ["b"], 1)),
-    "class 'c' in .*test is none of .*train": lambda root: (
+    "has no test image that can be read": lambda root: fill(root, ["a", "b"], 1),
+    "class 'c' in .* has no training image": lambda root: (
         fill(root / "train", ["a", "b"], 3),
-        fill(root / "test", ["a", "c"], 3),
+        fill(root / "test", ["a", "c"], 3, size=(9, 8)),
     ),
-    "test has no images in sub-folders": lambda root: (
+    "class 'a' in .* is no copy of a test image": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root / "test", ["a", "b"], 3),
+    ),
+    "set has no test image": lambda root: (
         fill(root / "train", ["a", "b"], 3),
         empty(root / "test" / "a"),
     ),
@@ -329,7 +478,7 @@ BROKEN = {
     ),
     "none of 10 files can be read": lambda root: [
         (root / name).mkdir(parents=True, exist_ok=True)
-        or (root / name / f"{index}.jpg").write_text("no image")
+        or (root / name / f"{index}.jpg").write_text(f"no image {name} {index}")
         for name in ("a", "b")
         for index in range(5)
     ],

@@ -1,10 +1,8 @@
 """Wrong input at every surface: one line that names the value and what was expected, status 2."""
 
-import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import keras
 import numpy as np
@@ -111,33 +109,43 @@ def assert_one_line(error, expected):
     assert expected in error
 
 
+@pytest.fixture
+def before_keras(monkeypatch):
+    """What is wrong with the words alone is said before Keras is imported, which takes seconds."""
+    monkeypatch.setattr(cli, "quiet", lambda: pytest.fail("Keras would have been imported"))
+
+
 @pytest.mark.parametrize(("line", "expected"), COMMAND_LINES, ids=[x for x, _ in COMMAND_LINES])
-def test_a_wrong_command_line_ends_at_once_with_one_line(line, expected, tmp_path):
-    arguments = [line] if "\n" in line else line.split(" ")
-    start = time.perf_counter()
+def test_a_wrong_command_line_ends_at_once_with_one_line(
+    line, expected, before_keras, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([line] if "\n" in line else line.split(" ")) == 2
+    captured = capsys.readouterr()
+    assert_one_line(captured.err, expected)
+    assert not captured.out and not list(tmp_path.iterdir())
+
+
+def test_a_process_ends_with_that_line_and_status(tmp_path):
     process = subprocess.run(
-        [sys.executable, ROOT / "train.py", *arguments],
+        [sys.executable, ROOT / "train.py", "--epochs", "0"],
         cwd=tmp_path,
-        env={**os.environ, "KERAS_BACKEND": keras.backend.backend()},
         capture_output=True,
         text=True,
     )
-    assert time.perf_counter() - start < 3
-    assert_one_line(process.stderr, expected)
+    assert_one_line(process.stderr, "--epochs must be at least 1, but is 0")
     assert process.returncode == 2 and not process.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("content", "expected"), CONFIGS, ids=[str(x)[:40] for x, _ in CONFIGS])
 def test_a_wrong_configuration_ends_at_once_with_one_line(
-    content, expected, capsys, monkeypatch, tmp_path
+    content, expected, before_keras, capsys, monkeypatch, tmp_path
 ):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     monkeypatch.chdir(tmp_path)
-    start = time.perf_counter()
     assert cli.main([f"--config={path}"]) == 2
-    assert time.perf_counter() - start < 3
     assert_one_line(capsys.readouterr().err, expected)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -149,27 +157,9 @@ def arrays(**changes):
     return {key: value for key, value in {**good, **changes}.items() if value is not None}
 
 
-class Unpickled:
-    def __reduce__(self):
-        return pytest.fail, ("a pickle was read",)
-
-
+# The others are in `test_data.py`.
 DATA = [
     (arrays(y_test=None), "'y_test is not a file in the archive'"),
-    (arrays(x_train=np.zeros((12, 8), "uint8")), "images of shape (12, 8) and type uint8"),
-    (arrays(x_train=np.zeros((12, 8, 8, 3))), "type float64, expected"),
-    (arrays(x_train=np.zeros((0, 8, 8, 3), "uint8")), "images of shape (0, 8, 8, 3)"),
-    (arrays(x_test=np.zeros((6, 9, 9, 3), "uint8")), "different shapes: (8, 8, 3) and (9, 9, 3)"),
-    (arrays(y_train=np.arange(11)), "labels of shape (11,) and type int64"),
-    (arrays(y_train=np.arange(12) / 2), "labels of shape (12,) and type float64"),
-    (arrays(y_train=np.arange(12) - 1), "a whole number of at least 0"),
-    (arrays(y_train=np.zeros(12, int)), "expected them to name two or more"),
-    (arrays(y_test=np.full(6, 7)), "test labels up to 7, expected them to name"),
-    (arrays(class_names=np.array(["a", "b"])), "expected them to name two or more of 2 classes"),
-    (arrays(y_train=np.array(["cat"] * 12)), "labels of shape (12,) and type <U3"),
-    (arrays(x_train=np.array([Unpickled()], dtype=object)), "Object arrays cannot be loaded"),
-    (b"", "does not hold x_train"),
-    (b"PK\x03\x04 and then nothing", "does not hold x_train"),
     (None, "cannot be read: No such file or directory"),
 ]
 
@@ -177,10 +167,8 @@ DATA = [
 @pytest.mark.parametrize(("content", "expected"), DATA, ids=[x for _, x in DATA])
 def test_a_wrong_data_file_ends_with_one_line(content, expected, capsys, monkeypatch, tmp_path):
     path = tmp_path / "set.npz"
-    if isinstance(content, dict):
+    if content is not None:
         np.savez(path, **content)
-    elif content is not None:
-        path.write_bytes(content)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["--dataset=set.npz", "--patch-size=4"]) == 2
     error = capsys.readouterr().err
