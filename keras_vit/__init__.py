@@ -6,7 +6,7 @@ import sys
 import typing
 
 if typing.TYPE_CHECKING:  # At run time, `__getattr__` imports what is asked for.
-    from keras_vit.attention import attention_rollout, attention_scores
+    from keras_vit.attention import attention_rollout, attention_scores, patch_weights
     from keras_vit.data import load_dataset
     from keras_vit.layers import MixUpCutMix, Patches, RandomResizedCrop, TrivialAugment
     from keras_vit.loading import load_model
@@ -28,6 +28,7 @@ __all__ = [
     "attention_scores",
     "load_dataset",
     "load_model",
+    "patch_weights",
 ]
 # Where each of them lives.
 _HOMES = {
@@ -42,6 +43,7 @@ _HOMES = {
     "attention_scores": "keras_vit.attention",
     "load_dataset": "keras_vit.data",
     "load_model": "keras_vit.loading",
+    "patch_weights": "keras_vit.attention",
 }
 
 

@@ -55,7 +55,10 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
 
 def attention_rollout(
-    scores: np.ndarray, head_fusion: str = "mean", discard_ratio: float = 0.0
+    scores: np.ndarray,
+    head_fusion: str = "mean",
+    discard_ratio: float = 0.0,
+    class_token: bool = True,
 ) -> np.ndarray:
     """Follows attention through all blocks (Abnar & Zuidema, 2020).
 
@@ -68,12 +71,12 @@ def attention_rollout(
         scores: array `(B, L, A, T, T)`, as `attention_scores` returns it for self-attention: the
             matrices must be square.
         head_fusion: `"mean"`, `"max"` or `"min"` over the heads.
-        discard_ratio: float in [0, 1), share of the entries of each fused matrix that are set to
-            zero, the smallest first. Attention to the class token is never discarded.
+        discard_ratio: float in [0, 1), fraction of the entries of each fused matrix that are set
+            to zero, the smallest first.
+        class_token: bool, whether token 0 is a class token; attention to it is never discarded.
 
     Returns:
-        Array `(B, T, T)`; each row sums to one. `rollout[:, 0, 1:]` is how much each patch weighs
-        in the class token, which the classifier reads.
+        Array `(B, T, T)`; each row sums to one. `patch_weights` has what the head reads of it.
 
     Raises:
         ValueError: if the scores have another shape or hold no finite, non-negative numbers, or
@@ -109,10 +112,27 @@ def attention_rollout(
     rollout = np.broadcast_to(identity, scores[:, 0, 0].shape)
     for block in range(scores.shape[1]):
         attention = getattr(scores[:, block], head_fusion)(axis=1)
-        attention = _discard(attention, discard_ratio) + identity
+        attention = _discard(attention, discard_ratio, class_token) + identity
         attention /= attention.sum(axis=-1, keepdims=True)
         rollout = attention @ rollout
     return rollout
+
+
+def patch_weights(rollout: np.ndarray, class_token: bool = True) -> np.ndarray:
+    """How much each patch weighs in what the head of a `VisionTransformer` reads.
+
+    With a class token, that is the token's row of the rollout. A model with `pooling="mean"` has
+    none: its head reads the mean of the patches' tokens, whose weights are the mean of their rows.
+
+    Args:
+        rollout: array `(B, T, T)`, as `attention_rollout` returns it.
+        class_token: bool, whether token 0 is a class token.
+
+    Returns:
+        Array `(B, N)`, one weight for each patch, row by row. They sum to one, or with a class
+        token to one less its own weight.
+    """
+    return rollout[:, 0, 1:] if class_token else rollout.mean(axis=1)
 
 
 def _check_graph(model):
@@ -209,8 +229,8 @@ def _check_shape(name, shape, batch_size, blocks):
         )
 
 
-def _discard(attention, ratio):
-    """Zeroes the smallest entries of each matrix `(B, T, T)`, but for the class token's column."""
+def _discard(attention, ratio, class_token):
+    """Zeroes the smallest entries of each matrix `(B, T, T)`, but for a class token's column."""
     batch, tokens, _ = attention.shape
     count = int(tokens * tokens * ratio)
     if count == 0:
@@ -219,5 +239,6 @@ def _discard(attention, ratio):
     smallest = np.argpartition(flat, count - 1, axis=1)[:, :count]
     np.put_along_axis(flat, smallest, 0, axis=1)
     kept = flat.reshape(attention.shape)
-    kept[..., 0] = attention[..., 0]
+    if class_token:
+        kept[..., 0] = attention[..., 0]
     return kept

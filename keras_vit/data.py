@@ -1,5 +1,6 @@
 """Where images come from, and the order in which training sees them."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json

@@ -37,7 +37,9 @@ def pack(model, images, titles):
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
     rows, columns = height // patches.patch_size, width // patches.patch_size
-    size = config["depth"] * config["num_heads"] * (1 + rows * columns) ** 2
+    size = (
+        config["depth"] * config["num_heads"] * (rows * columns + (model.pooling == "token")) ** 2
+    )
     count = min(BUDGET // size, MOST_IMAGES, len(images))
     if count == 0:
         raise ValueError(
@@ -52,7 +54,7 @@ def pack(model, images, titles):
     return {
         **{"height": height, "width": width, "rows": rows, "columns": columns},
         **{"blocks": blocks, "heads": heads, "tokens": tokens},
-        "class_token": config["pooling"] == "token",
+        "class_token": model.pooling == "token",
         "images": [
             {"title": title, "source": data_uri(image)} for title, image in zip(titles, cut)
         ],

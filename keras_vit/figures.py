@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from keras_vit.attention import attention_rollout, attention_scores
+from keras_vit.attention import attention_rollout, attention_scores, patch_weights
 from keras_vit.files import whole
 from keras_vit.layers import Patches
 from keras_vit.model import seen
@@ -292,7 +292,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None)
 
 
 def draw_attention_rollout(model, images, titles, path, source=None):
-    """Where the class token's content comes from: map, overlay, and growth with depth.
+    """Where what the head reads comes from: map, overlay, and growth with depth.
 
     The overlay is on the image as it is cut into patches, resized or cropped by then.
 
@@ -307,7 +307,9 @@ def draw_attention_rollout(model, images, titles, path, source=None):
     depth, side = scores.shape[1], model.get_layer("patches").patch_size
     cut = seen(model.augmentation, images)
     rows, columns = cut.shape[1] // side, cut.shape[2] // side
-    maps = [attention_rollout(scores[:, :block])[:, 0, 1:] for block in range(1, depth + 1)]
+    class_token = model.pooling == "token"
+    rollouts = (attention_rollout(scores[:, :block]) for block in range(1, depth + 1))
+    maps = [patch_weights(rollout, class_token) for rollout in rollouts]
     maps = np.stack(maps, axis=1).reshape(len(images), depth, rows, columns)
     shown = np.unique(np.linspace(0, depth - 1, min(depth, 6)).round().astype(int))
     with plt.rc_context(STYLE):
@@ -348,7 +350,8 @@ def _folded(model):
         name = f"blocks_2_to_{depth}" if depth > 2 else "block_2"
         x = keras.Model(*ends, name=name)(x)
     x = model.get_layer("norm")(x)
-    logits = model.get_layer("head")(x[:, 0])
+    x = x[:, 0] if model.pooling == "token" else model.get_layer("mean_of_patches")(x)
+    logits = model.get_layer("head")(x)
     tokens = keras.Input(before.shape[1:], name="into_block_1")
     opened = keras.models.clone_model(first, input_tensors=tokens)
     return keras.Model([model.input, opened.input], [logits, opened.output])

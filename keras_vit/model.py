@@ -173,6 +173,7 @@ class VisionTransformer(keras.Model):
         self._mixing = mixing
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
+        self.pooling = pooling
         # Short digests of the image files that it was trained or validated on, if there are any.
         self.seen = ()
         self._config = {

@@ -224,7 +224,7 @@ def _facts(run_dir, model, dataset, number):
         "mean": _numbers(normalization.mean),
         "deviation": np.sqrt(_numbers(normalization.variance)),
         "optimizer": {"adamw": "AdamW", "muon": "Muon"}[config.get("optimizer", "adamw")],
-        "pooling": model.get_config()["pooling"],
+        "pooling": model.pooling,
     }
 
 

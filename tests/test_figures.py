@@ -48,7 +48,10 @@ def is_drawn(path):
     return 200 < height < 4000 and 200 < width < 4000 and picture.std() > 0.02
 
 
-def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities):
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities, pooling):
+    if pooling == "mean":
+        model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
     figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     expected = {f"{name}.png" for name in [*NAMES, "attention_rollout"]}
     assert {path.name for path in tmp_path.iterdir()} == expected

@@ -145,6 +145,7 @@ def test_attention_has_8_heads_of_32_in_each_of_6_blocks(default_model):
         {},
         {"image_shape": (8, 12, 1), "patch_size": 2, "num_heads": 4, "depth": 1},
         {"image_shape": (6, 6, 4), "patch_size": 3, "num_heads": 1, "depth": 3},
+        {"image_shape": (8, 12, 3), "pooling": "mean"},
     ],
 )
 def test_logits_agree_with_an_independent_pytorch_model(changes):

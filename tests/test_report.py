@@ -11,7 +11,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_vit import VisionTransformer, attention_rollout, attention_scores, cli, commands
+from keras_vit import (
+    VisionTransformer,
+    attention_rollout,
+    attention_scores,
+    cli,
+    commands,
+    patch_weights,
+)
 from keras_vit.explorer import BUDGET, pack
 from keras_vit.report import SECTIONS, write_explorer
 
@@ -138,6 +145,25 @@ def test_the_page_recomputes_the_rollout(small, explorer, open_page):
                 point_at(page, 2, 3)  # The last patch.
                 assert_shown(page, expected[6, 1:])
                 page.locator("#class-token").click()
+
+
+def test_without_a_class_token_the_page_starts_from_all_patches(small, open_page, tmp_path):
+    model, images = small
+    model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    path = tmp_path / "explorer.html"
+    write_explorer(path, model, "mean", images[:1], ["one"])
+    scores, page = attention_scores(model, images[:1]), open_page(path)
+    assert page.locator("#class-token").text_content() == "From all patches"
+    assert page.locator("#to-class").count() == 0
+    slide(page, "#discard", 0.5)
+    expected = attention_rollout(scores, discard_ratio=0.5, class_token=False)
+    assert_shown(page, patch_weights(expected, class_token=False)[0])
+    point_at(page, 1, 1)  # The first patch.
+    assert_shown(page, expected[0, 0])
+    page.locator("#class-token").click()
+    page.locator("#view").select_option("attention")
+    assert_shown(page, scores[0, -1].mean(axis=0).mean(axis=0))
 
 
 def test_discarding_heads_and_the_residual_can_be_switched(small, explorer, open_page):

@@ -25,10 +25,14 @@ class Block(nn.Module):
 class TorchVisionTransformer(nn.Module):
     """Raw pixels `(B, H, W, C)` to logits `(B, num_classes)` and scores `(B, L, A, T, T)`."""
 
-    def __init__(self, image_shape, num_classes, patch_size, embed_dim, mlp_dim, num_heads, depth):
+    def __init__(
+        self, image_shape, num_classes, patch_size, embed_dim, mlp_dim, num_heads, depth,
+        pooling="token",
+    ):  # fmt: skip
         super().__init__()
+        self.pooling = pooling
         height, width, channels = image_shape
-        tokens = (height // patch_size) * (width // patch_size) + 1
+        tokens = (height // patch_size) * (width // patch_size) + (pooling == "token")
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("deviation", torch.ones(channels))
         # A convolution with stride P reads each patch once: the usual way to write it in PyTorch.
@@ -42,12 +46,16 @@ class TorchVisionTransformer(nn.Module):
     def forward(self, images):
         x = (images.float() - self.mean) / self.deviation
         x = self.embedding(x.permute(0, 3, 1, 2)).flatten(2).transpose(1, 2)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position
+        if self.pooling == "token":
+            x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.position
         scores = []
         for block in self.blocks:
             x, block_scores = block(x)
             scores.append(block_scores)
-        return self.head(self.norm(x)[:, 0]), torch.stack(scores, dim=1)
+        x = self.norm(x)
+        read = x[:, 0] if self.pooling == "token" else x.mean(dim=1)
+        return self.head(read), torch.stack(scores, dim=1)
 
 
 def reference_of(model, train_images, **sizes):
@@ -72,7 +80,8 @@ def reference_of(model, train_images, **sizes):
     side, channels = sizes["patch_size"], sizes["image_shape"][-1]
     kernel = kernel.reshape(side, side, channels, -1).permute(3, 2, 0, 1)
     reference.embedding.weight.data, reference.embedding.bias.data = kernel.contiguous(), bias
-    (reference.class_token.data,) = weights("class_token")
+    if reference.pooling == "token":
+        (reference.class_token.data,) = weights("class_token")
     (reference.position.data,) = weights("position_embedding")
     width = sizes["embed_dim"]
     for number, block in enumerate(reference.blocks, start=1):
