@@ -37,9 +37,8 @@ def pack(model, images, titles):
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
     rows, columns = height // patches.patch_size, width // patches.patch_size
-    size = (
-        config["depth"] * config["num_heads"] * (rows * columns + (model.pooling == "token")) ** 2
-    )
+    class_token = model.pooling == "token"
+    size = config["depth"] * config["num_heads"] * (class_token + rows * columns) ** 2
     count = min(BUDGET // size, MOST_IMAGES, len(images))
     if count == 0:
         raise ValueError(
@@ -54,7 +53,7 @@ def pack(model, images, titles):
     return {
         **{"height": height, "width": width, "rows": rows, "columns": columns},
         **{"blocks": blocks, "heads": heads, "tokens": tokens},
-        "class_token": model.pooling == "token",
+        "class_token": class_token,
         "images": [
             {"title": title, "source": data_uri(image)} for title, image in zip(titles, cut)
         ],
