@@ -25,7 +25,7 @@ from keras_vit.files import (
     write_checksums,
     write_json,
 )
-from keras_vit.recipes import CPU_RECIPE, DEFAULT_RECIPES, RECIPE, RECIPES, Recipe, option
+from keras_vit.recipes import DEFAULT_RECIPES, RECIPE, RECIPES, Recipe, option
 
 BACKENDS = ("tensorflow", "jax", "torch")
 LANGUAGES = ("en", "pl")
@@ -42,6 +42,8 @@ FREE_TO_CHANGE = (
     *("data_dir", "figures_dir", "language", "output"),
     *("precision", "save_every", "tensorboard"),
 )
+# What part of a processor's largest rate a training step of the baseline reaches.
+REACHED = 0.6
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -65,7 +67,7 @@ class Run:
     validation: int = option(0, "training images held out to measure each epoch", low=0)
     recipe: str | None = option(
         None,
-        "settings to start from (default: baseline, without a GPU quick; digits has its own)",
+        "settings to start from (default: baseline; digits has its own)",
         choices=tuple(RECIPES),
     )
     seed: int = option(
@@ -167,12 +169,11 @@ def parse(arguments=None, prog="train.py"):
     return named
 
 
-def settle(named, recipe=None):
+def settle(named):
     """All settings: those that the user named, and a recipe's for the others.
 
     Args:
         named: dictionary of the settings that the user named.
-        recipe: string, the recipe if nobody named one; by default the first that suits them.
 
     Returns:
         A `Run` and a `Recipe`.
@@ -180,25 +181,14 @@ def settle(named, recipe=None):
     Raises:
         Failure: if settings do not go together.
     """
-    name = _default_recipe(named) or recipe
-    if name is None:  # Only the device will tell.
-        try:
-            return settle(named, RECIPE)
-        except Failure as failure:
-            with contextlib.suppress(Failure):
-                return settle(named, CPU_RECIPE)
-            raise failure from None
+    default = DEFAULT_RECIPES.get(named.get("dataset", Run.dataset), RECIPE)
+    name = named.get("recipe") or default
     recipe = RECIPES[name]
     values = {**dataclasses.asdict(Run()), **dataclasses.asdict(recipe()), **named, "recipe": name}
     if values["schedule"] != "cosine" and "warmup" not in named:
         values["warmup"] = 0.0
     _check_together(values)
     return _pick(Run, values), _pick(recipe, values)
-
-
-def _default_recipe(named):
-    """The recipe that the user or the data set decides; None where the device does."""
-    return named.get("recipe") or DEFAULT_RECIPES.get(named.get("dataset", Run.dataset))
 
 
 def run(named, figures_dir: str | None = "figures"):
@@ -209,13 +199,11 @@ def run(named, figures_dir: str | None = "figures"):
         figures_dir: string, where pictures go if they name no place; None for the run's folder.
     """
     options, recipe = settle(named)
-    undecided = _default_recipe(named) is None
     start = time.perf_counter()
     choose_backend(options.backend)
     if options.tensorboard:
         require("tensorboard", "--tensorboard")
-    if options.output or not undecided:
-        _run_dir(options)
+    _run_dir(options)
     figures_dir = options.figures_dir or figures_dir
     if figures_dir:
         _writable(figures_dir, "--figures-dir")
@@ -238,18 +226,13 @@ def run(named, figures_dir: str | None = "figures"):
     dataset, missing = _load(options, named)
     if missing:
         options, recipe = settle({**named, "dataset": "digits"})
-    elif undecided:
-        options, recipe = settle(named, RECIPE if devices.accelerators() else CPU_RECIPE)
-        if options.recipe == CPU_RECIPE:
-            print(f"No GPU found: recipe {CPU_RECIPE} (--recipe {RECIPE} is the larger model).")
     run_dir = _run_dir(options)
     pictures = pathlib.Path(figures_dir) if figures_dir else run_dir / "figures"
-    if "epochs" not in named and not devices.accelerators() and recipe.epochs != recipe.cpu_epochs:
-        recipe = dataclasses.replace(recipe, epochs=recipe.cpu_epochs)
-        print(f"No GPU found: training for {recipe.epochs} epochs (--epochs N changes that).")
 
     try:
         dataset, validation = training_part(dataset, options)
+        if "epochs" not in named:
+            recipe = _with_epochs(recipe, len(dataset.train_images), bool(devices.accelerators()))
         keras.utils.set_random_seed(options.seed)
         dtype = "float32" if options.precision == "float32" else f"mixed_{options.precision}"
         needed = training.least_memory(recipe, dataset, dtype)
@@ -271,6 +254,8 @@ def run(named, figures_dir: str | None = "figures"):
         _start_or_continue(run_dir, settings, options.overwrite)
         count = f"{len(dataset.train_images):,}"
         print(f"Training on {count} images of {dataset.name}, into {run_dir}")
+        if not devices.accelerators():
+            _say_how_long(recipe, dataset, named)
         before = time.perf_counter()
         history = _fit(model, dataset, recipe, options, validation, run_dir)
         # As if this process had trained every epoch.
@@ -289,6 +274,32 @@ def run(named, figures_dir: str | None = "figures"):
         _remove_checkpoints(run_dir)
     print(f"Model, numbers and report: {run_dir}. Pictures: {pictures}.")
     return 0
+
+
+def _with_epochs(recipe, images, has_gpu):
+    """The recipe with the number of epochs that suits the data and the device, which is printed."""
+    if recipe.images_seen:
+        epochs = max(1, round(recipe.images_seen / images))
+        reason = f"{recipe.images_seen:,} images seen"
+    elif recipe.cpu_epochs and not has_gpu:
+        epochs, reason = recipe.cpu_epochs, f"no GPU found, with one {recipe.epochs}"
+    else:
+        return recipe
+    print(f"Training for {epochs} epochs ({reason}; --epochs N changes that).")
+    return dataclasses.replace(recipe, epochs=epochs)
+
+
+def _say_how_long(recipe, dataset, named):
+    """Prints about how long a training takes on this machine's processor."""
+    from keras_vit import devices, journal, training
+
+    images = recipe.epochs * len(dataset.train_images)
+    work = images * training.operations(recipe, dataset.image_shape)
+    seconds = work / (REACHED * devices.operations_per_second())
+    shorter = ""
+    if "recipe" not in named and seconds > 15 * 60:
+        shorter = "; `--recipe quick` takes about ten on two cores"
+    print(f"This will take about {journal.duration(seconds)}{shorter}.", flush=True)
 
 
 def training_part(dataset, options):

@@ -2,8 +2,10 @@
 
 import math
 import pathlib
+import time
 
 import keras
+from keras import ops
 
 
 def accelerators():
@@ -22,6 +24,19 @@ def accelerators():
 def on_jax_accelerator():
     """Whether Keras computes with JAX on a GPU or TPU."""
     return keras.backend.backend() == "jax" and bool(accelerators())
+
+
+def operations_per_second(side=2048, repeats=3):
+    """How fast the device multiplies matrices in float32: floating point operations a second.
+
+    Takes a fraction of a second.
+    """
+    factor, best = ops.ones((side, side), "float32"), math.inf
+    for _ in range(repeats + 1):  # The first one compiles.
+        start = time.perf_counter()
+        ops.convert_to_numpy(ops.matmul(factor, factor)[0, 0])
+        best = min(best, time.perf_counter() - start)
+    return 2 * side**3 / best
 
 
 def precisions():

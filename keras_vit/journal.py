@@ -76,6 +76,9 @@ class Journal(keras.callbacks.Callback):
         self._last = run_dir and checkpoints.newest(run_dir / "checkpoints")
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._written = self._writer.submit(int)  # Nothing yet.
+        # A GPU would wait for the host at each look.
+        self._looks_at_each_step = not accelerators()
+        self._first_step = None  # Epoch, batch and time; False once the time left was told.
         if self._last:
             if self._last.data != data:
                 raise OtherData(f"{run_dir} was begun with other training images or labels")
@@ -95,15 +98,18 @@ class Journal(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs):
         # The number of the last of several steps at once may be beyond the end.
         before, self._done = self._done, min(self.skipped + batch + 1, self._total)
-        self._check(logs)
         if self._written.done():
             self._written.result()  # Raises what kept a checkpoint from being written.
-        if self._done >= self._total:
-            return
         # Several steps may be done at once.
         due = self.save_every and self._done // self.save_every > before // self.save_every
-        if self._signals or due:
+        saves = (self._signals or due) and self._done < self._total
+        if saves or self._looks_at_each_step:
+            self._check(logs)
+        self._tell_time_left()
+        if saves:
             self._save(self._done)
+        if self._done >= self._total:
+            return
         self._stop_on_signal(self._done)
 
     def on_test_begin(self, logs=None):
@@ -111,6 +117,7 @@ class Journal(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs):
         self._stop_clock()
+        self._check(logs)
         seconds = round(self._spent + self._end - self._start, 3)
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
         row.setdefault("learning_rate", self._learning_rate())
@@ -194,6 +201,22 @@ class Journal(keras.callbacks.Callback):
                 "one"
             )
 
+    def _tell_time_left(self):
+        """Says once, after a minute or the first epoch, how long the rest will take."""
+        if self._first_step is False:
+            return
+        now, steps = time.perf_counter(), self.epoch * self._total + self._done
+        if self._first_step is None:  # It was compiled; the others tell how long a step takes.
+            self._first_step = steps, now
+            return
+        first, start = self._first_step
+        if now - start < 60 and self._done < self._total or steps == first:
+            return
+        self._first_step = False
+        left = (self.params["epochs"] * self._total - steps) * (now - start) / (steps - first)
+        if left > 60:
+            print(f"\nAbout {duration(left)} of training left.", flush=True)
+
     def _learning_rate(self):
         return float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
@@ -201,6 +224,14 @@ class Journal(keras.callbacks.Callback):
         # A GPU may be steps behind the host: what the last step counted is there once it is done.
         ops.convert_to_numpy(self.model.optimizer.iterations)
         self._end = min(self._end, time.perf_counter())
+
+
+def duration(seconds):
+    """A span of time in words, such as "3 minutes" or "2.5 hours"."""
+    minutes = max(1, round(seconds / 60))
+    if minutes >= 90:
+        return f"{minutes / 60:.1f} hours"
+    return f"{minutes} minute{'s' if minutes > 1 else ''}"
 
 
 def _write(run_dir, checkpoint):

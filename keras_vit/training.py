@@ -21,13 +21,13 @@ def step_schedule(learning_rate, epochs, milestones):
     Args:
         learning_rate: float, the rate at the start.
         epochs: int, length of the run.
-        milestones: floats in (0, 1), shares of the run.
+        milestones: floats in (0, 1), fractions of the run. None falls before the second epoch.
 
     Returns:
         A function of the epoch, counted from zero, for `LearningRateScheduler`, and the list of
         epochs at which the rate falls.
     """
-    falls = [round(share * epochs) for share in milestones]
+    falls = [max(1, round(share * epochs)) for share in milestones]
 
     def schedule(epoch, _=None):
         return learning_rate * 0.1 ** sum(epoch >= fall for fall in falls)
@@ -72,6 +72,32 @@ def least_memory(recipe, dataset, dtype):
     numbers = min(recipe.batch_size, len(dataset.train_labels)) * recipe.depth * by_block
     kernels = recipe.depth * (4 * recipe.embed_dim**2 + 2 * recipe.embed_dim * recipe.mlp_dim)
     return numbers * (4 if dtype == "float32" else 2) + 16 * kernels
+
+
+def operations(recipe, image_shape):
+    """Floating point operations of training on one image, forwards and backwards.
+
+    Every product of matrices counts, the optimizer's and those of the augmentation do not.
+
+    Args:
+        recipe: a `Recipe`.
+        image_shape: tuple `(H, W, C)`.
+
+    Returns:
+        Int.
+    """
+    height, width, channels = image_shape
+    patches = (height // recipe.patch_size) * (width // recipe.patch_size)
+    has_token = recipe.pooling == "token"
+    tokens, dim = patches + has_token, recipe.embed_dim
+    # A token asks and is transformed; keys and values are those of all.
+    token = 2 * dim**2 + 2 * dim * recipe.mlp_dim + 2 * tokens * dim
+    keys_and_values = tokens * 2 * dim**2
+    last = 1 if has_token else tokens
+    blocks = recipe.depth * keys_and_values + ((recipe.depth - 1) * tokens + last) * token
+    embedding = patches * recipe.patch_size**2 * channels * dim
+    # A product has two gradients, one for each factor, but nobody asks for those of pixels.
+    return 2 * (3 * blocks + 2 * embedding)
 
 
 def build_model(dataset, recipe, dtype=None):

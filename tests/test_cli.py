@@ -126,37 +126,45 @@ def test_the_digits_have_a_recipe_of_their_own():
     assert cli.settle(cli.parse([]))[0].recipe == "baseline"
 
 
-def test_without_a_gpu_a_plain_run_takes_the_quick_recipe(capsys, monkeypatch, tmp_path):
-    other = dataclasses.replace(data.load_dataset("digits"), name="cifar10")
-    monkeypatch.setattr(data, "load_dataset", lambda *_: other)
-    monkeypatch.setattr(devices, "accelerators", lambda: [])
-    monkeypatch.chdir(tmp_path)
-    arguments = [*TINY, "--limit-train=40", "--epochs=1"]
-    assert cli.main(arguments) == 0
-    folder = tmp_path / "runs" / "cifar10-quick-seed0"
-    assert json.loads((folder / "config.json").read_text())["recipe"] == "quick"
-    assert "No GPU found: recipe quick" in capsys.readouterr().out
-    # The same command does not train over it.
-    assert cli.main(arguments) == 2
-    assert "holds a finished run" in capsys.readouterr().err
-    assert cli.main([*arguments, "--recipe=baseline"]) == 0
-    assert (tmp_path / "runs" / "cifar10-baseline-seed0" / "metrics.json").exists()
-
-
-def test_what_no_default_recipe_wants_is_judged_by_the_one_that_is_taken(
-    capsys, monkeypatch, tmp_path
+@pytest.mark.parametrize(
+    ("has_gpu", "epochs", "milestones"), [(False, 5, [3, 5]), (True, 160, [100, 150])]
+)
+def test_a_plain_run_is_the_assignment_on_every_machine(
+    has_gpu, epochs, milestones, capsys, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(devices, "accelerators", lambda: [])
+    """AdamW and `LearningRateScheduler` on the baseline's model, for fewer epochs without a GPU."""
     other = dataclasses.replace(data.load_dataset("digits"), name="cifar10")
     monkeypatch.setattr(data, "load_dataset", lambda *_: other)
+    monkeypatch.setattr(devices, "accelerators", lambda: ["gpu:0"] if has_gpu else [])
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["--embed-dim=128"]) == 2
-    error = "--embed-dim must be a multiple of --num-heads 3, but is 128 (recipe quick)"
-    assert capsys.readouterr().err == f"error: {error}\n"
-    assert cli.settle(cli.parse(["--schedule=milestones"]), "quick")[1].warmup == 0
-    assert cli.settle(cli.parse(["--num-heads=3", "--embed-dim=96"]))[0].recipe == "baseline"
-    assert cli.settle(cli.parse(["--num-heads=3"]))[0].recipe == "quick"
-    assert cli.settle(cli.parse(["--warmup=0.2"]))[1].warmup == 0.2
+    seen = {}
+
+    def stopped(model, dataset, recipe, *_):
+        seen["recipe"], seen["width"] = recipe, model.get_layer("norm").gamma.shape[0]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "fit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.run({})
+    assert dataclasses.replace(seen["recipe"], epochs=160) == RECIPES["baseline"]()
+    assert (seen["recipe"].epochs, seen["width"]) == (epochs, 256)
+    _, falls = training.step_schedule(1.0, epochs, seen["recipe"].milestones)
+    assert falls == milestones
+    config = json.loads((tmp_path / "runs/cifar10-baseline-seed0/config.json").read_text())
+    assert (config["recipe"], config["epochs"]) == ("baseline", epochs)
+    output = capsys.readouterr().out
+    assert ("no GPU found, with one 160" in output) == (not has_gpu)
+    assert ("This will take about " in output) == (not has_gpu)
+
+
+def test_a_recipe_that_promises_a_number_of_images_takes_more_epochs_of_fewer(capsys):
+    quick = RECIPES["quick"]()
+    for images, epochs in {50_000: 4, 45_000: 4, 3_068: 65, 1_000_000: 1}.items():
+        assert cli._with_epochs(quick, images, has_gpu=False).epochs == epochs
+        line = f"Training for {epochs} epochs (200,000 images seen; --epochs N changes that)."
+        assert capsys.readouterr().out == line + "\n"
+    strong = RECIPES["strong"]()
+    assert cli._with_epochs(strong, 3_068, has_gpu=False) == strong
 
 
 def test_an_image_size_is_for_folders(capsys, tmp_path):
@@ -339,14 +347,14 @@ def test_an_error_that_is_not_about_memory_is_not_hidden(monkeypatch, tmp_path):
 
 
 def test_bfloat16_without_instructions_for_it_is_refused(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    monkeypatch.setattr(devices, "precisions", lambda: ["float32", "float16"])
     assert train("--dataset=digits", "--mixed-precision", folder=tmp_path) == 2
-    assert "error: --mixed-precision computes in bfloat16" in capsys.readouterr().err
+    assert "error: --precision bfloat16 needs instructions" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_reach_the_model(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(devices, "precisions", lambda: ["float32", "bfloat16"])
     arguments = ["--dataset=digits", "--no-augmentation", "--mixed-precision", "--dropout=0.3"]
     assert train(*arguments, folder=tmp_path) == 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")

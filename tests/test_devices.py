@@ -10,19 +10,33 @@ from keras_vit import devices
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [("fpu avx2 fma", False), ("avx512f avx512_vnni", False), ("fpu avx512_bf16 fsrm", True)],
+    [
+        ("fpu avx2 fma", ["float32"]),
+        ("avx512f avx512_vnni", ["float32"]),
+        ("fpu avx512_bf16 fsrm", ["float32", "bfloat16"]),
+    ],
 )
 def test_bfloat16_is_for_processors_with_instructions_for_it(flags, expected, monkeypatch):
     monkeypatch.setattr(devices, "accelerators", lambda: [])
     monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
-    assert devices.has_bfloat16() == expected
+    assert devices.precisions() == expected
 
 
-@pytest.mark.parametrize(("architecture", "expected"), [(7, False), (8, True), (math.inf, True)])
-def test_bfloat16_is_for_nvidia_gpus_since_ampere(architecture, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        (6, ["float32"]),
+        (7, ["float32", "float16"]),
+        (8, ["float32", "bfloat16", "float16"]),
+        (math.inf, ["float32", "bfloat16", "float16"]),
+    ],
+)
+def test_bfloat16_is_for_nvidia_gpus_since_ampere_and_float16_since_volta(
+    architecture, expected, monkeypatch
+):
     monkeypatch.setattr(devices, "accelerators", lambda: ["gpu:0"])
     monkeypatch.setattr(devices, "_oldest_nvidia_architecture", lambda: architecture)
-    assert devices.has_bfloat16() == expected
+    assert devices.precisions() == expected
 
 
 def test_a_machine_without_a_gpu_has_no_old_one():

@@ -23,7 +23,9 @@ def learn(run_dir, stop=None, **options):
     Returns the model, or None if the training was stopped.
     """
     dataset, validation = colours(120).hold_out(24, seed=0)
-    model = small_model(dataset)
+    recipe = options.get("recipe", RECIPE)
+    keras.utils.set_random_seed(0)
+    model = training.build_model(dataset, recipe, options.get("precision", "float32"))
 
     class Stopper(Journal):
         def on_train_batch_end(self, batch, logs=None):
@@ -35,7 +37,7 @@ def learn(run_dir, stop=None, **options):
     patch = pytest.MonkeyPatch()
     patch.setattr(training, "Journal", Stopper)
     try:
-        recipe, save_every = options.get("recipe", RECIPE), options.get("save_every")
+        save_every = options.get("save_every")
         fit(model, dataset, recipe, 0, validation, run_dir, save_every=save_every)
     except Interrupted as error:
         assert error.status == 128 + options.get("kind", signal.SIGINT)
@@ -76,15 +78,19 @@ def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tm
     assert_same(learn(tmp_path), tmp_path, whole)
 
 
-def test_a_cosine_goes_on_where_it_was(tmp_path):
-    recipe = dataclasses.replace(RECIPE, schedule="cosine", warmup=0.3)
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
+def test_a_cosine_with_muon_resumes_where_it_was_in_every_precision(precision, tmp_path):
+    parts = {"optimizer": "muon", "pooling": "mean", "decay_kernels_only": True}
+    recipe = dataclasses.replace(RECIPE, schedule="cosine", warmup=0.3, **parts)
     undisturbed, stopped = tmp_path / "whole", tmp_path / "stopped"
     for folder in (undisturbed, stopped):
         folder.mkdir()
-    expected = learn(undisturbed, recipe=recipe)
+    expected = learn(undisturbed, recipe=recipe, precision=precision)
     for stop in ((1, 1), (2, 3)):
-        assert learn(stopped, stop, recipe=recipe) is None
-    assert_same(learn(stopped, recipe=recipe), stopped, (expected, undisturbed))
+        assert learn(stopped, stop, recipe=recipe, precision=precision) is None
+    assert_same(
+        learn(stopped, recipe=recipe, precision=precision), stopped, (expected, undisturbed)
+    )
 
 
 def test_sigterm_is_obeyed_like_ctrl_c(tmp_path):

@@ -38,6 +38,7 @@ def small_recipe(**settings):
         (160, [100, 150], {0: 1, 99: 1, 100: 0.1, 149: 0.1, 150: 0.01, 159: 0.01}),
         (10, [6, 9], {5: 1, 6: 0.1, 8: 0.1, 9: 0.01}),
         (16, [10, 15], {9: 1, 10: 0.1, 15: 0.01}),
+        (1, [1, 1], {0: 1}),
     ],
 )
 def test_the_rate_falls_to_a_tenth_at_each_milestone(epochs, falls, rates):
@@ -75,6 +76,43 @@ def test_the_recipe_sets_up_the_optimizer():
     assert model.optimizer.weight_decay == 0.01
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("kernels_only", [False, True])
+def test_weight_decay_shrinks_kernels_and_spares_the_rest_where_wanted(optimizer, kernels_only):
+    model = small_model(colours())
+    recipe = small_recipe(
+        optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, decay_kernels_only=kernels_only
+    )
+    compile_model(model, recipe)
+    for variable in model.trainable_variables:
+        variable.assign(np.ones(variable.shape))
+    model.optimizer.apply([np.zeros(x.shape, "float32") for x in model.trainable_variables])
+    for variable in model.trainable_variables:
+        decayed = variable.name == "kernel" or not kernels_only
+        expected = 0.95 if decayed else 1.0
+        np.testing.assert_allclose(variable.numpy(), expected, rtol=1e-6)
+
+
+def test_float16_scales_the_loss():
+    dataset = colours()
+    model = build_model(dataset, small_recipe(optimizer="muon"), "mixed_float16")
+    compile_model(model, small_recipe(optimizer="muon"))
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    assert model.optimizer.inner_optimizer.iteration_dtype == "float32"
+
+
+def test_operations_are_counted():
+    """Two blocks on four patches of 16 numbers, with a class token and without."""
+    recipe = small_recipe(depth=2, patch_size=4)
+    queries_output_mlp, keys_values = 2 * 16 * 16 + 2 * 16 * 32, 2 * 16 * 16
+    embedding = 4 * 48 * 16
+    products = 2 * 5 * keys_values + 6 * (queries_output_mlp + 2 * 5 * 16)
+    assert training.operations(recipe, (8, 8, 3)) == 2 * (3 * products + 2 * embedding)
+    recipe = dataclasses.replace(recipe, pooling="mean")
+    products = 2 * 4 * keys_values + 8 * (queries_output_mlp + 2 * 4 * 16)
+    assert training.operations(recipe, (8, 8, 3)) == 2 * (3 * products + 2 * embedding)
+
+
 def test_the_least_memory_of_a_step_is_counted():
     """Two blocks of 5 tokens of width 16, an MLP of 32 and 2 heads, for a batch of 16."""
     by_block = 5 * (8 * 16 + 2 * 32) + 2 * 2 * 5**2
@@ -96,6 +134,7 @@ def test_training_learns_and_leaves_its_history(tmp_path):
     with open(tmp_path / "history.csv", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     assert [int(row.pop("epoch")) for row in rows] == [1, 2, 3, 4]
+    assert [row.pop("precision") for row in rows] == ["float32"] * 4
     keys = ["accuracy", "learning_rate", "loss", "val_accuracy", "val_loss"]
     assert sorted(rows[0]) == keys
     assert sorted(history) == sorted([*keys, "seconds"])
