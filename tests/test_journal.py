@@ -79,7 +79,7 @@ def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tm
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16", "mixed_float16"])
-def test_a_cosine_with_muon_resumes_where_it_was_in_every_precision(precision, tmp_path):
+def test_a_cosine_with_muon_resumes_in_every_precision(precision, tmp_path):
     parts = {"optimizer": "muon", "pooling": "mean", "decay_kernels_only": True}
     recipe = dataclasses.replace(RECIPE, schedule="cosine", warmup=0.3, **parts)
     undisturbed, stopped = tmp_path / "whole", tmp_path / "stopped"
