@@ -1,6 +1,5 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
-import contextlib
 import math
 import typing
 from collections.abc import Sequence
@@ -144,29 +143,28 @@ class VisionTransformer(keras.Model):
             )
 
         policy = keras.dtype_policies.get(dtype)
-        with _default_policy(policy):
-            images = keras.Input(image_shape, name="images", dtype="float32")
-            x = _augmented(images, augmentation)
-            # Pixels stay in float32 under mixed precision: bfloat16 would round them.
-            x = Normalization(dtype="float32", name="normalization")(x)
-            x = Patches(patch_size, name="patches")(x)
-            x = dense(embed_dim, name="patch_embedding")(x)
-            if pooling == "token":
-                x = ClassToken(name="class_token")(x)
-            x = PositionEmbedding(name="position_embedding")(x)
-            x = Dropout(dropout, name="dropout")(x)
-            for block in range(1, depth + 1):
-                # The head reads the class token alone: the last block leaves out the others.
-                tokens = 1 if block == depth and pooling == "token" else None
-                name = f"block_{block}"
-                skipping = stochastic_depth * block / depth
-                x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, skipping)
-            x = LayerNormalization(epsilon=EPSILON, name="norm")(x)
-            if pooling == "token":
-                x = x[:, 0]
-            else:
-                x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean_of_patches")(x)
-            logits = dense(num_classes, dtype="float32", name="head")(x)
+        images = keras.Input(image_shape, name="images", dtype="float32")
+        x = _augmented(images, augmentation)
+        # Pixels stay in float32 under mixed precision: bfloat16 would round them.
+        x = Normalization(dtype="float32", name="normalization")(x)
+        x = Patches(patch_size, dtype=policy, name="patches")(x)
+        x = dense(embed_dim, dtype=policy, name="patch_embedding")(x)
+        if pooling == "token":
+            x = ClassToken(dtype=policy, name="class_token")(x)
+        x = PositionEmbedding(dtype=policy, name="position_embedding")(x)
+        x = Dropout(dropout, dtype=policy, name="dropout")(x)
+        for block in range(1, depth + 1):
+            # The head reads the class token alone: the last block leaves out the others.
+            tokens = 1 if block == depth and pooling == "token" else None
+            name = f"block_{block}"
+            skipping = stochastic_depth * block / depth
+            x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, skipping, policy)
+        x = LayerNormalization(epsilon=EPSILON, dtype=policy, name="norm")(x)
+        if pooling == "token":
+            x = x[:, 0]
+        else:
+            x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean_of_patches")(x)
+        logits = dense(num_classes, dtype="float32", name="head")(x)
 
         super().__init__(inputs=images, outputs=logits, **kwargs)
         self.augmentation = augmentation
@@ -331,17 +329,6 @@ def _augmented(images, augmentation):
     return images
 
 
-@contextlib.contextmanager
-def _default_policy(policy):
-    """Makes a dtype policy that of every layer made inside."""
-    previous = keras.config.dtype_policy()
-    keras.config.set_dtype_policy(policy)
-    try:
-        yield
-    finally:
-        keras.config.set_dtype_policy(previous)
-
-
 def default_augmentation(image_shape, horizontal_flip=True, **crop):
     """The layers that vary training images: a flip with probability 0.5, then a crop.
 
@@ -377,8 +364,13 @@ def seen(layers, images, training=False):
             images = layer(images, training=training)
         return ops.convert_to_numpy(images).astype("float32")
 
+    # What a layer draws to be looked at must not change what training draws.
+    state = [(variable, variable.numpy()) for layer in layers for variable in layer.variables]
+
     images = np.asarray(images, "float32")
     result = behind(images, training)
+    for variable, value in state:
+        variable.assign(value)
     black, white = (
         behind(np.full_like(images[:1], value)).mean(axis=(0, 1, 2)) for value in (0, 255)
     )
@@ -388,7 +380,7 @@ def seen(layers, images, training=False):
     return 255 * (result - black) / np.where(white == black, 1, white - black)
 
 
-def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skipping=0.0):
+def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skipping=0.0, dtype=None):
     """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 
     Args:
@@ -401,12 +393,13 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skippin
             them attends to all `T` nevertheless.
         skipping: float, how often training adds nothing to the tokens of an image, decided for
             attention and MLP each.
+        dtype: dtype policy of the layers.
 
     Returns:
         Tokens `(B, T, D)`, or `(B, tokens, D)`.
     """
     width = x.shape[-1]
-    normed = LayerNormalization(epsilon=EPSILON, name=f"{name}_attention_norm")(x)
+    normed = LayerNormalization(epsilon=EPSILON, dtype=dtype, name=f"{name}_attention_norm")(x)
     queries = normed
     if tokens is not None:
         x, queries = x[:, :tokens], normed[:, :tokens]
@@ -415,25 +408,26 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skippin
         width // num_heads,
         dropout=dropout,
         kernel_initializer=kernel_initializer(),
+        dtype=dtype,
         name=f"{name}_attention",
     )(queries, normed)
-    attended = _skipped_at_random(attended, skipping, f"{name}_attention_skip")
-    x = keras.layers.Add(name=f"{name}_attention_sum")([x, attended])
+    attended = _skipped_at_random(attended, skipping, dtype, f"{name}_attention_skip")
+    x = keras.layers.Add(dtype=dtype, name=f"{name}_attention_sum")([x, attended])
 
-    y = LayerNormalization(epsilon=EPSILON, name=f"{name}_mlp_norm")(x)
-    y = dense(mlp_dim, activation=gelu, name=f"{name}_mlp_hidden")(y)
-    y = Dropout(dropout, name=f"{name}_mlp_hidden_dropout")(y)
-    y = dense(width, name=f"{name}_mlp_output")(y)
-    y = Dropout(dropout, name=f"{name}_mlp_output_dropout")(y)
-    y = _skipped_at_random(y, skipping, f"{name}_mlp_skip")
-    return keras.layers.Add(name=f"{name}_mlp_sum")([x, y])
+    y = LayerNormalization(epsilon=EPSILON, dtype=dtype, name=f"{name}_mlp_norm")(x)
+    y = dense(mlp_dim, activation=gelu, dtype=dtype, name=f"{name}_mlp_hidden")(y)
+    y = Dropout(dropout, dtype=dtype, name=f"{name}_mlp_hidden_dropout")(y)
+    y = dense(width, dtype=dtype, name=f"{name}_mlp_output")(y)
+    y = Dropout(dropout, dtype=dtype, name=f"{name}_mlp_output_dropout")(y)
+    y = _skipped_at_random(y, skipping, dtype, f"{name}_mlp_skip")
+    return keras.layers.Add(dtype=dtype, name=f"{name}_mlp_sum")([x, y])
 
 
-def _skipped_at_random(x, rate, name):
+def _skipped_at_random(x, rate, dtype, name):
     """Tokens `(B, T, D)`, in training all zero for a share of the images."""
     if not rate:
         return x
-    return keras.layers.Dropout(rate, noise_shape=(None, 1, 1), name=name)(x)
+    return keras.layers.Dropout(rate, noise_shape=(None, 1, 1), dtype=dtype, name=name)(x)
 
 
 def dense(units, **kwargs):

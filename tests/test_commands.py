@@ -267,15 +267,17 @@ def test_a_frozen_model_is_exported_as_well(model):
     assert served(model).predict(images, verbose=0).sum() == pytest.approx(1)
 
 
-def test_an_export_that_answers_otherwise_is_an_error(place, capsys, monkeypatch, tmp_path):
-    from keras_vit import export
+def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monkeypatch, tmp_path):
+    from keras_vit import evaluation, export
 
     if keras.backend.backend() != "tensorflow":
         pytest.skip("the command runs on TensorFlow")
+
+    def wrong(images):
+        return evaluation.predict(model, images) + 0.002
+
     monkeypatch.setattr(export, "write", lambda *_: None)
-    right = load_model(place / "run" / "model.keras")
-    served = export.served(right)
-    monkeypatch.setattr(export, "runner", lambda *_: lambda x: served.predict(x, verbose=0) + 0.002)
+    monkeypatch.setattr(export, "runner", lambda *_: wrong)
     words = ["--format", "saved_model", "-o", tmp_path / "model"]
     assert run("export", place / "run" / "model.keras", *words) == 1
     assert "differs from Keras by more than 0.001" in capsys.readouterr().err
