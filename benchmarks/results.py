@@ -5,6 +5,8 @@
 """
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,9 +14,9 @@ import statistics
 
 import numpy as np
 
-from keras_vit.cli import Run
+from keras_vit.cli import Run, current_names
 from keras_vit.files import write_json
-from keras_vit.recipes import RECIPES
+from keras_vit.recipes import RECIPES, Recipe
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -27,19 +29,24 @@ IMPLIED = (
     *("recipe", "save_every", "seed", "tensorboard"),
 )
 COLUMNS = (
-    *("recipe", "parameters", "epochs", "test accuracy", "corrupted", "calibration error"),
-    *("minutes", "on", "command"),
+    *("recipe", "parameters", "epochs", "FLOP", "test accuracy", "flip-averaged", "corrupted"),
+    *("calibration error", "minutes", "on", "command"),
 )
-# Test accuracies on CIFAR-10, trained on its 50,000 images alone.
-CIFAR10 = "[vision-transformers-cifar10](https://github.com/kentaroy47/vision-transformers-cifar10)"
-COMPACT = "[Compact Transformers](https://github.com/SHI-Labs/Compact-Transformers)"
-PUBLISHED = [
-    (f"ViT with patches of 4, {CIFAR10}", "", 200, "80"),
-    ("the same", "", "1,000", "89"),
-    ("ViT, [ViT-CIFAR](https://github.com/omihub777/ViT-CIFAR)", "6.3 M", 200, "90.92"),
-    (f"ViT-Lite-7/4, {COMPACT}", "3.7 M", 200, "91.38"),
-    ("CVT-7/4, the same", "3.7 M", 200, "92.43"),
-    ("CCT-7/3x1, the same, convolutions in front", "3.8 M", 300, "96.53"),
+# Vision Transformers trained on CIFAR-10's 50,000 training images alone: name, millions of
+# parameters, passes over the images, operations of the training (computed from the architecture
+# like ours), test accuracy in percent, and where it is published. Several report the best epoch on
+# the test set.
+PEERS = [
+    ("ViT 128/6", 0.8, 200, 3.4e15, 86.52, "s-chh/2D-Positional-Encoding-Vision-Transformer"),
+    (
+        *("the same, relative positions", 0.8, 200, 3.5e15, 90.57),
+        "s-chh/2D-Positional-Encoding-Vision-Transformer",
+    ),
+    ("ViT-CIFAR", 6.3, 200, 2.55e16, 90.92, "omihub777/ViT-CIFAR"),
+    ("ViT-Lite-6/4", 3.2, 200, 1.3e16, 90.94, "SHI-Labs/Compact-Transformers"),
+    ("CVT-6/4", 3.2, 200, 1.28e16, 92.58, "SHI-Labs/Compact-Transformers"),
+    ("ViT 192/9", 2.8, 300, 1.68e16, 93.58, "aanna0701/SPT_LSA_ViT"),
+    ("SL-ViT, overlapping patches", 2.9, 300, 1.8e16, 94.53, "aanna0701/SPT_LSA_ViT"),
 ]
 
 
@@ -59,6 +66,7 @@ def main():
     print("\n".join(rows))
     if runs:
         draw(runs, RESULTS / "learning_curves.png")
+        draw_accuracy_and_compute(runs, RESULTS / "accuracy_and_compute.png")
 
 
 def add(run_dir):
@@ -91,6 +99,7 @@ def run_of(folder):
         for name in ("config", "metrics", "corruptions")
         if name != "corruptions" or (folder / "corruptions.json").exists()
     }
+    run["config"] = current_names(run["config"])
     columns = np.genfromtxt(folder / "history.csv", delimiter=",", names=True, ndmin=1)
     return {**run, "history": columns}
 
@@ -113,12 +122,15 @@ def table(runs):
         if len(commands) > 1:
             raise ValueError(f"seeds of one recipe differ in settings: {'; '.join(commands)}")
         corrupted = [run["corruptions"]["mean"] for run in seeds if "corruptions" in run]
+        mirrored = [x["flip_averaged_accuracy"] for x in metrics if "flip_averaged_accuracy" in x]
         minutes = statistics.mean(x["training_seconds"] for x in metrics) / 60
         cells = (
             f"**{recipe}**",
             f"{metrics[0]['parameters'] / 1e6:.1f} M",
-            str(metrics[0]["epochs"]),
+            epochs_of(seeds[0]),
+            f"{flop(seeds[0]):.1e}",
             spread([x["accuracy"] for x in metrics]),
+            spread(mirrored) if mirrored else "",
             spread(corrupted) if corrupted else "",
             spread([x["calibration_error"] for x in metrics]),
             f"{minutes:.0f}",
@@ -127,14 +139,31 @@ def table(runs):
         )
         rows.append(f"| {' | '.join(cells)} |")
     for recipe in RECIPES:
-        epochs = RECIPES[recipe]().epochs
-        in_full = any(run["config"]["epochs"] == epochs for run in runs.get(recipe, ()))
-        if not in_full and recipe != "digits":
+        if recipe not in runs and recipe != "digits":
             line = f"`python train.py --recipe {recipe}`"
-            rows.append(f"| **{recipe}** | | {epochs} | not run yet | | | | | {line} |")
-    for name, parameters, epochs, accuracy in PUBLISHED:
-        rows.append(f"| {name} | {parameters} | {epochs} | {accuracy} % | | | | | |")
+            rows.append(f"| **{recipe}** | | | | not run yet | | | | | | {line} |")
+    for name, parameters, epochs, operations, accuracy, repository in PEERS:
+        source = f"[{repository.split('/')[1]}](https://github.com/{repository})"
+        cells = f"{name}, {source} | {parameters} M | {epochs} | {operations:.1e} | {accuracy} %"
+        rows.append(f"| {cells} | | | | | | |")
     return rows
+
+
+def epochs_of(run):
+    """How many epochs a run took, beside those of its recipe if they are others."""
+    recipe, epochs = RECIPES[run["config"]["recipe"]], run["metrics"]["epochs"]
+    return str(epochs) if epochs == recipe().epochs else f"{epochs} of {recipe().epochs}"
+
+
+def flop(run):
+    """Floating point operations of a run's training on CIFAR-10."""
+    from keras_vit.training import operations
+
+    config = run["config"]
+    names = {field.name for field in dataclasses.fields(Recipe)} & set(config)
+    recipe = Recipe(**{name: config[name] for name in names})
+    images = config.get("limit_train") or 50_000 - config.get("validation", 0)
+    return images * run["metrics"]["epochs"] * operations(recipe, (32, 32, 3))
 
 
 def spread(values):
@@ -175,26 +204,60 @@ def replaced(text, rows):
 
 def draw(runs, path):
     """Draws loss and accuracy on training images over the epochs, a line for each seed."""
+    with _picture(path, columns=2, figsize=(10, 4)) as (left, right):
+        for index, (recipe, seeds) in enumerate(runs.items()):
+            for number, run in enumerate(seeds):
+                history = run["history"]
+                label = recipe if number == 0 else None
+                style = {"color": f"C{index}", "label": label, "marker": "."}
+                left.plot(history["epoch"], history["loss"], **style)
+                right.plot(history["epoch"], 100 * history["accuracy"], **style)
+        left.set(xlabel="epoch", ylabel="training loss, nats")
+        right.set(xlabel="epoch", ylabel="training accuracy, %")
+        right.legend()
+
+
+def draw_accuracy_and_compute(runs, path):
+    """Draws test accuracy over the operations of the training: each recipe, and `PEERS`."""
+    points = [
+        (recipe, flop(seeds[0]), 100 * statistics.mean(run["metrics"]["accuracy"] for run in seeds))
+        for recipe, seeds in runs.items()
+    ]
+    with _picture(path, columns=1, figsize=(8, 5)) as axes:
+        ours = {"color": "C0", "zorder": 3}
+        axes.scatter(*zip(*((x, y) for _, x, y in points)), label="this package", **ours)
+        others = [(row[3], row[4]) for row in PEERS]
+        axes.scatter(*zip(*others), facecolor="none", edgecolor="C7", label="published by others")
+        for name, x, y in points:
+            _annotate(axes, f"{name} {y:.1f}", x, y, color="C0", weight="bold")
+        for name, *_, x, y, _ in PEERS:
+            _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x > 1e16)
+        axes.set(xscale="log", xlabel="operations of the training, FLOP")
+        axes.set(ylabel="test accuracy on CIFAR-10, %")
+        axes.legend(loc="lower right")
+
+
+def _annotate(axes, text, x, y, on_the_left=False, **style):
+    side, offset = ("right", -7) if on_the_left else ("left", 7)
+    place = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+    axes.annotate(text, (x, y), fontsize=8.5, **place, **style)
+
+
+@contextlib.contextmanager
+def _picture(path, columns, figsize):
+    """Axes, or a row of them, that are written to a file at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for index, (recipe, seeds) in enumerate(runs.items()):
-        for number, run in enumerate(seeds):
-            history = run["history"]
-            label = recipe if number == 0 else None
-            style = {"color": f"C{index}", "label": label, "marker": "."}
-            left.plot(history["epoch"], history["loss"], **style)
-            right.plot(history["epoch"], 100 * history["accuracy"], **style)
-    left.set(xlabel="epoch", ylabel="training loss, nats")
-    right.set(xlabel="epoch", ylabel="training accuracy, %")
-    right.legend()
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+    figure, axes = pyplot.subplots(1, columns, figsize=figsize, layout="constrained")
+    yield axes
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

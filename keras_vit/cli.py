@@ -367,7 +367,7 @@ def _start_or_continue(run_dir, settings, overwrite):
     if not overwrite and _has_checkpoint(run_dir):
         now = _plain(settings)
         # A run of an earlier version had the defaults of what has become a setting since.
-        before = {**_plain(dataclasses.asdict(Recipe())), **_modern(before)}
+        before = {**_plain(dataclasses.asdict(Recipe())), **current_names(before)}
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -443,6 +443,10 @@ def evaluate(model, dataset, history=None):
         **(evaluation.training_metrics(history, len(dataset.train_images)) if history else {}),
         **evaluation.environment(),
     }
+    if dataset.horizontal_flip:
+        metrics["flip_averaged_accuracy"] = evaluation.flip_averaged_accuracy(
+            model, dataset.test_images, labels, probabilities
+        )
     print(evaluation.per_class_table(metrics))
     print(
         f"Test accuracy {metrics['accuracy']:.2%}, loss {metrics['loss']:.4f}, calibration error "
@@ -654,7 +658,7 @@ def _read_config(path, fields):
         raise Failure(f"--config {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
         raise Failure(f"--config {path} must hold an object, but holds {settings!r:.40}")
-    settings = _modern(settings)
+    settings = current_names(settings)
     for name, value in settings.items():
         if name not in fields:
             raise Failure(f"--config {path} has an unknown setting {name!r}")
@@ -694,7 +698,7 @@ def _settings_of(path):
     return before
 
 
-def _modern(settings):
+def current_names(settings):
     """Settings of a file under the names that they have now."""
     settings = dict(settings)
     if "mixed_precision" in settings:

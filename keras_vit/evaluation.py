@@ -21,6 +21,22 @@ def predict(model, images):
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
+def flip_averaged_accuracy(model, images, labels, probabilities):
+    """Accuracy of the mean of what a model says of each image and of its mirror image.
+
+    Args:
+        model: a `VisionTransformer`.
+        images: array `(N, H, W, C)`.
+        labels: integer array `(N,)`.
+        probabilities: array `(N, num_classes)` of the images as they are.
+
+    Returns:
+        Float from 0 to 1.
+    """
+    mirrored = predict(model, images[:, :, ::-1])
+    return float(np.mean((probabilities + mirrored).argmax(axis=1) == labels))
+
+
 def classification_metrics(probabilities, labels, class_names):
     """How well probabilities predict labels.
 

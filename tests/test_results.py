@@ -82,7 +82,8 @@ def test_a_published_run_says_what_it_reached_and_not_where_it_lay(published, tm
     assert not {"data_dir", "output"} & set(json.loads((folder / "config.json").read_text()))
     row = results.table(results.read())[2]
     assert row == (
-        "| **baseline** | 3.2 M | 2 | 80.00 %, one seed |  | 5.00 %, one seed | 10 | "
+        "| **baseline** | 3.2 M | 2 of 160 | 1.1e+14 | 80.00 %, one seed |  |  | "
+        "5.00 %, one seed | 10 | "
         "a processor, jax | `python train.py --recipe baseline` |"
     )
 
@@ -125,12 +126,13 @@ def test_seeds_are_averaged_and_told_with_their_spread(published, tmp_path):
         results.add(run)
     runs = results.read()
     row = results.table(runs)[2]
-    assert "| 80.00 ± 2.00 %, 3 seeds | 40.00 ± 1.00 %, 3 seeds |" in row
+    assert "| 80.00 ± 2.00 %, 3 seeds |  | 40.00 ± 1.00 %, 3 seeds |" in row
     assert (
         "`python train.py --recipe baseline --epochs 2 --no-augmentation --milestones 0.5`" in row
     )
-    results.draw(runs, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    for draw in (results.draw, results.draw_accuracy_and_compute):
+        draw(runs, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 def test_a_seed_that_is_run_again_takes_nothing_over_from_before(published):
@@ -148,18 +150,23 @@ def test_seeds_with_other_settings_are_not_averaged(published):
     assert not (results.RESULTS / "baseline" / "seed-1").exists()
 
 
-def test_a_recipe_without_runs_or_with_shorter_ones_is_named_as_not_run(published):
+def test_a_recipe_without_runs_is_named_as_not_run(published):
     def not_run():
         rows = results.table(results.read())
         return [row.split(" | ")[0] for row in rows if "not run yet" in row]
 
     assert not_run() == ["| **baseline**", "| **strong**", "| **quick**"]
-    results.add(published(0, 0.7, epochs=12))
-    assert "| **baseline**" in not_run()
-    (results.RESULTS / "baseline" / "seed-0" / "config.json").write_text(
-        '{"recipe": "baseline", "epochs": 160}'
-    )
-    assert "| **baseline**" not in not_run()
+    results.add(published(0, 0.7, epochs=2))
+    assert not_run() == ["| **strong**", "| **quick**"]
+
+
+def test_operations_are_those_of_the_settings(published):
+    """Twice the parameters in matrices, three times, on each token, and attention."""
+    results.add(published(0, 0.7, depth=1, embed_dim=64, mlp_dim=128, num_heads=4, pooling="mean"))
+    (run,) = results.read()["baseline"]
+    matrices, attention = 4 * 64 * 64 + 2 * 64 * 128, 2 * 64 * 64
+    by_image = 64 * (6 * (matrices + attention) + 4 * 48 * 64)
+    assert results.flop(run) == 2 * 50_000 * by_image
 
 
 def test_the_table_takes_the_place_of_the_one_before():
