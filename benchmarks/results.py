@@ -39,7 +39,7 @@ COLUMNS = (
 PEERS = [
     ("ViT 128/6", 0.8, 200, 3.4e15, 86.52, "s-chh/2D-Positional-Encoding-Vision-Transformer"),
     (
-        *("the same, relative positions", 0.8, 200, 3.5e15, 90.57),
+        *("ViT 128/6, relative positions", 0.8, 200, 3.5e15, 90.57),
         "s-chh/2D-Positional-Encoding-Vision-Transformer",
     ),
     ("ViT-CIFAR", 6.3, 200, 2.55e16, 90.92, "omihub777/ViT-CIFAR"),
@@ -231,8 +231,9 @@ def draw_accuracy_and_compute(runs, path):
         for name, x, y in points:
             _annotate(axes, f"{name} {y:.1f}", x, y, color="C0", weight="bold")
         for name, *_, x, y, _ in PEERS:
-            _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x > 1e16)
+            _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x < 2e16)
         axes.set(xscale="log", xlabel="operations of the training, FLOP")
+        axes.set_xlim(right=8e16)
         axes.set(ylabel="test accuracy on CIFAR-10, %")
         axes.legend(loc="lower right")
 
