@@ -22,13 +22,13 @@ from keras_vit.recipes import Baseline
 ROOT = pathlib.Path(__file__).parents[1]
 # What belongs together, by the names of the recipe's fields.
 PARTS = {
-    "rate and cosine": ("learning_rate", "schedule", "warmup"),
-    "weight decay": ("weight_decay",),
+    "Muon and its rate": ("optimizer", "learning_rate"),
+    "pooling over patches": ("pooling",),
+    "cosine": ("schedule", "warmup"),
+    "weight decay": ("weight_decay", "decay_kernels_only"),
+    "wider crop": ("crop_scale", "crop_ratio"),
     "no dropout": ("dropout",),
-    "stochastic depth": ("stochastic_depth",),
     "TrivialAugment": ("trivial_augment",),
-    "random erasing": ("erasing",),
-    "MixUp and CutMix": ("mixup", "cutmix"),
     "label smoothing": ("label_smoothing",),
 }
 

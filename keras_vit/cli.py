@@ -154,6 +154,7 @@ def parse(arguments=None, prog="train.py"):
             _add_option(group, field)
 
     named = vars(parser.parse_args(arguments))
+    named = {name: tuple(x) if isinstance(x, list) else x for name, x in named.items()}
     if named.get("config") == "":
         raise Failure("--config must not be empty")
     if "config" in named:
@@ -581,7 +582,7 @@ def _add_option(group, field):
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
-        options |= {"type": float, "nargs": "+", "metavar": "SHARE"}
+        options |= {"type": float, "nargs": "+", "metavar": "X"}
     else:
         choices = field.metadata["choices"]
         options |= {"type": kind, "choices": choices}
@@ -632,6 +633,11 @@ def _check_together(values):
         values["dataset"] in KNOWN_SIDES or not is_folder(values["dataset"])
     ):
         raise Failure(f"--image-size is for folders of images, and {values['dataset']} is none")
+    for name in ("crop_scale", "crop_ratio"):
+        pair = values[name]
+        if len(pair) != 2 or pair[0] > pair[1]:
+            flag, shown = "--" + name.replace("_", "-"), " ".join(f"{x:g}" for x in pair)
+            raise Failure(f"{flag} must be two numbers, the smaller one first, but is {shown}")
     if values["warmup"] and values["schedule"] != "cosine":
         raise Failure(f"--warmup {values['warmup']} needs --schedule cosine")
     mixup, cutmix = values["mixup"], values["cutmix"]

@@ -43,6 +43,8 @@ COMMAND_LINES = [
     ("--warmup 1 --schedule cosine", "--warmup must be below 1, but is 1.0"),
     ("--schedule linear", "invalid choice: 'linear' (choose from"),
     ("--milestones 0", "--milestones must be over 0, but is 0.0"),
+    ("--crop-scale 0.5", "--crop-scale must be two numbers, the smaller one first, but is 0.5"),
+    ("--crop-ratio 2 1", "--crop-ratio must be two numbers, the smaller one first, but is 2 1"),
     ("--milestones", "--milestones: expected at least one argument"),
     ("--num-heads 7", "--embed-dim must be a multiple of --num-heads 7, but is 256"),
     ("--num-heads 0", "--num-heads must be at least 1, but is 0"),
