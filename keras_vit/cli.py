@@ -368,7 +368,9 @@ def _start_or_continue(run_dir, settings, overwrite):
     if not overwrite and _has_checkpoint(run_dir):
         now = _plain(settings)
         # A run of an earlier version had the defaults of what has become a setting since.
-        before = {**_plain(dataclasses.asdict(Recipe())), **current_names(before)}
+        before = current_names(before)
+        for name, value in _plain(dataclasses.asdict(Recipe())).items():
+            before.setdefault(name, value)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
