@@ -262,8 +262,8 @@ class VisionTransformer(keras.Model):
         model.seen = tuple(seen)
         for path, layer, _ in _inside(model):
             if path in quantized and layer.quantization_mode is None:
-                settings = keras.saving.deserialize_keras_object(quantized[path]["config"])
-                layer.quantize(quantized[path]["mode"], config=settings)
+                how = keras.saving.deserialize_keras_object(quantized[path]["config"])
+                layer.quantize(quantized[path]["mode"], config=how)
             if path in trainable:
                 layer.trainable = trainable[path]
         return model
