@@ -8,6 +8,7 @@ import functools
 import importlib
 import inspect
 import pathlib
+import pkgutil
 
 import keras
 import numpy as np
@@ -78,6 +79,28 @@ def flatten_layers():
     return len(alone) < len(inside) and isinstance(inside[-1], keras.layers.Layer)
 
 
+def hooks_of_muon():
+    """An update asks which variables are for AdamW, and goes through `_backend_update_step`."""
+    asked, updated = [], []
+
+    class Noting(keras.optimizers.Muon):
+        def _should_use_adamw(self, variable):
+            asked.append(variable.name)
+            return False
+
+        def _backend_update_step(self, grads, trainable_variables, learning_rate):
+            updated.extend(x.name for x in trainable_variables)
+
+    optimizer = Noting()
+    pair = [keras.Variable([[float(i)]], name=f"kernel_{i}") for i in range(2)]
+    optimizer.build(pair)
+    optimizer.apply([keras.ops.ones((1, 1))] * 2, pair)
+    indices = [optimizer._get_variable_index(x) for x in pair]
+    kept = [len(optimizer.momentums), *optimizer.adam_velocities]
+    are_called = set(asked) == set(updated) == {"kernel_0", "kernel_1"}
+    return are_called and indices == [0, 1] and kept == [2, None, None]
+
+
 def name_of_a_slot():
     optimizer, variable = keras.optimizers.SGD(momentum=0.9), keras.Variable([1.0], name="kernel")
     optimizer.build([variable])
@@ -139,6 +162,13 @@ PARTS = {
     ),
     "model: metrics_variables": lambda: functional().metrics_variables == [],
     "model on jax: train_function, train_step, jax_state_sync": steps_of_jax,
+    **{
+        f"optimizer: {name}": hooks_of_muon
+        for name in ("_backend_update_step", "_get_variable_index", "_should_use_adamw")
+    },
+    "optimizer: zeropower_via_newtonschulz5": lambda: takes(
+        keras.optimizers.Muon().zeropower_via_newtonschulz5, "x", "steps"
+    ),
     "optimizer: how it names what it keeps of a variable": name_of_a_slot,
     "keras.src.layers.preprocessing.data_layer: DataLayer": lambda: imports(
         "keras.src.layers.preprocessing.data_layer", "DataLayer"
@@ -159,7 +189,7 @@ def test_a_part_that_nobody_promises_is_there(part):
 
 
 def test_no_part_is_missing_above():
-    """Every private name in the package's code is its own, or a part."""
+    """Every private name in the package's code is its own, or a part, or overrides one."""
     used, own = set(), set()
     for path in pathlib.Path(keras_vit.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -172,7 +202,24 @@ def test_no_part_is_missing_above():
             elif isinstance(node, ast.Attribute) and node.attr.startswith("_"):
                 is_new = isinstance(node.ctx, ast.Store)
                 (own if is_new else used).add(node.attr)
-    private = {name for name in used if not name.startswith("__")} - own
+    private = {name for name in used if not name.startswith("__")} - own | overridden()
     parts = {name for part in PARTS for name in (part, part.split(": ")[-1])}
     assert private
     assert private - parts == set()
+
+
+def overridden():
+    """Private methods of Keras's classes that classes of this package have as well."""
+    names = set()
+    for module in pkgutil.walk_packages(keras_vit.__path__, "keras_vit."):
+        if module.name.endswith("__main__"):
+            continue
+        for _, kind in inspect.getmembers(importlib.import_module(module.name), inspect.isclass):
+            if kind.__module__ == module.name:
+                theirs = [x for x in kind.__mro__ if x.__module__.startswith("keras.")]
+                names |= {
+                    name
+                    for name, value in vars(kind).items()
+                    if callable(value) and any(hasattr(x, name) for x in theirs)
+                }
+    return {name for name in names if name.startswith("_") and not name.startswith("__")}
