@@ -112,11 +112,13 @@ class Quick(Recipe):
     decay_kernels_only: bool = True
     schedule: str = "cosine"
     warmup: float = 0.1
-    embed_dim: int = 96
-    mlp_dim: int = 192
-    num_heads: int = 3
+    embed_dim: int = 128
+    mlp_dim: int = 256
+    num_heads: int = 2
     depth: int = 4
+    pooling: str = "mean"
     dropout: float = 0.0
+    label_smoothing: float = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
