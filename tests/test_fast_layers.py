@@ -89,6 +89,15 @@ def test_attention_survives_quantization_to_int8_in_part_as_well(filters):
     np.testing.assert_allclose(model.predict(tokens, verbose=0), before, atol=0.1)
 
 
+def test_attention_has_the_seed_of_one_dropout():
+    ours, theirs = (
+        kind(2, 4, dropout=0.5) for kind in (MultiHeadAttention, keras.layers.MultiHeadAttention)
+    )
+    for layer in (ours, theirs):
+        layer.build((None, 5, 8), (None, 5, 8))
+    assert len(ours.variables) == len(theirs.variables) == 8 + 1
+
+
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9, 1e-7, 0.0])
 def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     ones = np.ones((501, 401), "float32")

@@ -74,8 +74,11 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         return (output, scores) if return_attention_scores else output
 
     def _build_attention(self, rank):
+        # Keras's own dropout would stay tracked, with a seed that nobody uses.
+        rate, self._dropout = self._dropout, 0.0
         super()._build_attention(rank)
-        self._dropout_layer = Dropout(self._dropout, dtype=self.dtype_policy, seed=self.seed)
+        self._dropout = rate
+        self._dropout_layer = Dropout(rate, dtype=self.dtype_policy, seed=self.seed)
 
     def _is_plain(self, query, value):
         """Whether this is attention between tokens `(B, T, D)` without any extra."""
