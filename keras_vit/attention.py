@@ -15,12 +15,12 @@ BATCH_SIZE = 64
 def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Attention of every head of every block of a model.
 
-    The model runs once, in inference, and each attention layer gives away the scores of that very
+    The model runs once, in inference, and each attention layer returns its scores from that
     call: masks, causal attention and cross-attention are in them. A layer that the model calls
     several times counts as a block each time.
 
     The last block of a `VisionTransformer` computes no more tokens than its head reads. Here all of
-    its tokens ask, so that its matrix has the rows of the other blocks.
+    its tokens are queries, so that its matrix has the rows of the other blocks.
 
     Args:
         model: a `VisionTransformer`, fresh from training or loaded from a file, or another
@@ -31,8 +31,8 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
     Returns:
         NumPy array `(B, L, A, T, S)`, float32: in block `l` and head `a`, token `t` attends to
-        token `s` with weight `scores[b, l, a, t, s]`. Each row sums to one. There are as many
-        queries `T` as keys `S` but in cross-attention. In a `VisionTransformer` both are its
+        token `s` with weight `scores[b, l, a, t, s]`. Each row sums to one. `T` equals
+        `S` except in cross-attention. In a `VisionTransformer` both are its
         tokens: the class token, if it has one, then the patches, row by row.
 
     Raises:
@@ -41,6 +41,8 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
             blocks before it; or if the model takes images of another shape.
     """
     _check_graph(model)
+    if len(model.inputs) == 1 and not isinstance(images, dict):
+        images = np.asarray(images)
     inputs, expected = keras.tree.flatten(images), [tuple(x.shape) for x in model.inputs]
     shapes = [tuple(x.shape) for x in inputs]
     fits = len(shapes) == len(expected) and all(map(_fits, shapes, expected))

@@ -23,12 +23,14 @@ from keras_vit.files import whole
 
 KEPT = 2
 NAMES = "step-*.checkpoint"
+# What `keras.optimizers.LossScaleOptimizer`, which float16 needs, adds to an optimizer.
+LOSS_SCALE = "loss_scale_optimizer/"
 # How many variables an error names.
 SHOWN = 5
 
 
 class OtherVariables(Exception):
-    """A checkpoint does not say what its arrays belong to, or holds variables of another model."""
+    """A checkpoint lacks the names of its variables, or holds variables of another model."""
 
 
 def versions():
@@ -47,6 +49,7 @@ class Checkpoint:
         seconds: float, how long the batches of the next epoch took.
         data: string, digest of the training images and labels.
         arrays: dictionary of NumPy arrays, as `copy_of_state` returns it.
+        precision: string, what the layers computed in, such as `"bfloat16"`.
         versions: dictionary of strings, the versions that wrote the checkpoint.
     """
 
@@ -56,6 +59,7 @@ class Checkpoint:
     seconds: float
     data: str
     arrays: dict
+    precision: str = ""
     versions: dict = dataclasses.field(default_factory=versions)
 
     def assign(self, model):
@@ -67,8 +71,12 @@ class Checkpoint:
             OtherVariables: if the model has other variables; it keeps its state then.
         """
         variables = _named_state(model)
+        arrays = self.arrays
+        if _scales_loss(variables) != _scales_loss(arrays):
+            # The run resumes in another precision, and the loss scale starts anew or is dropped.
+            variables, arrays = _without_loss_scale(variables), _without_loss_scale(arrays)
         here = {name: _kind(x.shape, x.dtype) for name, x in variables.items()}
-        there = {name: _kind(x.shape, x.dtype.name) for name, x in self.arrays.items()}
+        there = {name: _kind(x.shape, x.dtype.name) for name, x in arrays.items()}
         if differences := _differences(there, here):
             raise OtherVariables(
                 f"the checkpoint has other variables than the model: {differences}"
@@ -79,12 +87,20 @@ class Checkpoint:
                 for group in (self.versions, versions())
             )
             warnings.warn(
-                f"the checkpoint was written by {written}, and goes on with {now}: numbers may "
+                f"the checkpoint was written by {written}, and is resumed with {now}: results may "
                 "differ from those of a run that was never stopped",
                 stacklevel=2,
             )
         for name, variable in variables.items():
-            variable.assign(self.arrays[name])
+            variable.assign(arrays[name])
+
+
+def _scales_loss(names):
+    return any(name.startswith(LOSS_SCALE) for name in names)
+
+
+def _without_loss_scale(state):
+    return {name: value for name, value in state.items() if not name.startswith(LOSS_SCALE)}
 
 
 def state_of(model):

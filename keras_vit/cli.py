@@ -146,6 +146,13 @@ def parse(arguments=None, prog="train.py"):
         dest="precision",
         help="the same as --precision bfloat16",
     )
+    parser.add_argument(
+        "--no-mixed-precision",
+        action="store_const",
+        const="float32",
+        dest="precision",
+        help="the same as --precision float32",
+    )
     fields = {}
     for title, settings in {"run": Run, "recipe": RECIPES["baseline"]}.items():
         group = parser.add_argument_group(title)
@@ -255,8 +262,8 @@ def run(named, figures_dir: str | None = "figures"):
         _start_or_continue(run_dir, settings, options.overwrite)
         count = f"{len(dataset.train_images):,}"
         print(f"Training on {count} images of {dataset.name}, into {run_dir}")
-        if not devices.accelerators():
-            _say_how_long(recipe, dataset, named)
+        if not devices.accelerators() and not _has_checkpoint(run_dir):
+            _say_how_long(recipe, dataset, options.precision, named)
         before = time.perf_counter()
         history = _fit(model, dataset, recipe, options, validation, run_dir)
         # As if this process had trained every epoch.
@@ -290,16 +297,16 @@ def _with_epochs(recipe, images, has_gpu):
     return dataclasses.replace(recipe, epochs=epochs)
 
 
-def _say_how_long(recipe, dataset, named):
+def _say_how_long(recipe, dataset, precision, named):
     """Prints about how long a training takes on this machine's processor."""
     from keras_vit import devices, journal, training
 
     images = recipe.epochs * len(dataset.train_images)
     work = images * training.operations(recipe, dataset.image_shape)
-    seconds = work / (REACHED * devices.operations_per_second())
+    seconds = work / (REACHED * devices.operations_per_second(precision))
     shorter = ""
     if "recipe" not in named and seconds > 15 * 60:
-        shorter = "; `--recipe quick` takes about ten on two cores"
+        shorter = "; `--recipe quick` takes about 10 minutes on two cores"
     print(f"This will take about {journal.duration(seconds)}{shorter}.", flush=True)
 
 
@@ -367,10 +374,7 @@ def _start_or_continue(run_dir, settings, overwrite):
             part.unlink()
     if not overwrite and _has_checkpoint(run_dir):
         now = _plain(settings)
-        # A run of an earlier version had the defaults of what has become a setting since.
         before = current_names(before)
-        for name, value in _plain(dataclasses.asdict(Recipe())).items():
-            before.setdefault(name, value)
         names = [name for name in {**before, **now} if name not in FREE_TO_CHANGE]
         changes = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
@@ -436,6 +440,8 @@ def evaluate(model, dataset, history=None):
 
     The numbers are about training as well if its history is known.
     """
+    import keras
+
     from keras_vit import evaluation
 
     probabilities = evaluation.predict(model, dataset.test_images)
@@ -446,7 +452,7 @@ def evaluate(model, dataset, history=None):
         **(evaluation.training_metrics(history, len(dataset.train_images)) if history else {}),
         **evaluation.environment(),
     }
-    if dataset.horizontal_flip:
+    if any(isinstance(layer, keras.layers.RandomFlip) for layer in model.augmentation):
         metrics["flip_averaged_accuracy"] = evaluation.flip_averaged_accuracy(
             model, dataset.test_images, labels, probabilities
         )
@@ -707,8 +713,12 @@ def _settings_of(path):
 
 
 def current_names(settings):
-    """Settings of a file under the names that they have now."""
+    """Settings of a file, perhaps of an earlier version, under the names that they have now."""
     settings = dict(settings)
+    if "epochs" in settings and "optimizer" not in settings:
+        # Such a run had the baseline's values of what has become a setting since.
+        for name, value in _plain(dataclasses.asdict(Recipe())).items():
+            settings.setdefault(name, value)
     if "mixed_precision" in settings:
         mixed = settings.pop("mixed_precision")
         settings["precision"] = "bfloat16" if mixed else "float32"

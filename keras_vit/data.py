@@ -68,7 +68,7 @@ UNREADABLE = (
 
 
 class DatasetError(RuntimeError):
-    """A data set is unknown, cannot be read or had, or is not for image classification."""
+    """A data set is unknown, cannot be read or downloaded, or is not for image classification."""
 
 
 class DatasetUnavailable(DatasetError):
@@ -128,7 +128,7 @@ class Dataset:
     def limit_train(self, count: int, seed: int) -> "Dataset":
         """The same data with at most `count` training images, each class in proportion."""
         return self._split_train(
-            min(count, len(self.train_labels)), seed, f"train on {count}", UNUSED
+            min(count, len(self.train_labels)), seed, f"limit_train={count}", UNUSED
         )[0]
 
     def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
@@ -140,24 +140,25 @@ class Dataset:
         Raises:
             ValueError: if the data have images to validate on, or too few for either side.
         """
-        wish = f"hold out {count}"
         if self.validation is not None:
             raise ValueError(
-                f"{self.name} has {len(self.validation[1])} images of its own to validate on. "
-                f"Received: a wish to {wish} of those to train on"
+                f"{self.name} has a validation set of {len(self.validation[1])} images. Leave out "
+                "--validation, or move these images to those to train on. "
+                f"Received: validation={count}"
             )
+        received = f"validation={count}"
         count = len(self.train_labels) - count
-        kept, aside = self._split_train(count, seed, wish, VALIDATION)
+        kept, aside = self._split_train(count, seed, received, VALIDATION)
         return kept, (self.train_images[aside], self.train_labels[aside])
 
-    def _split_train(self, count, seed, wish, split):
+    def _split_train(self, count, seed, received, split):
         total, classes = len(self.train_labels), len(self.class_names)
         if count == total:
             return self, np.empty(0, int)
         if not classes <= count <= total - classes:
             raise ValueError(
                 f"{self.name} has {total} training images of {classes} classes, and a split leaves "
-                f"{classes} or more on either side. Received: a wish to {wish} of them"
+                f"{classes} or more on either side. Received: {received}"
             )
         kept, aside = stratified_split(self.train_labels, count, seed)
         manifest = self.manifest
@@ -314,7 +315,7 @@ def load_unseen(
         f"of classes that the model does not know ({others})": lambda x: (
             x.class_name not in class_names
         ),
-        "that are not for testing, as the model does not tell what it was trained on": lambda x: (
+        "of the training split (the model does not record its training images)": lambda x: (
             not seen and x.split != TEST
         ),
     }

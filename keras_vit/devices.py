@@ -26,15 +26,15 @@ def on_jax_accelerator():
     return keras.backend.backend() == "jax" and bool(accelerators())
 
 
-def operations_per_second(side=2048, repeats=3):
-    """How fast the device multiplies matrices in float32: floating point operations a second.
+def operations_per_second(dtype="float32", side=2048, repeats=3):
+    """How fast the device multiplies matrices of a dtype: floating point operations a second.
 
     Takes a fraction of a second.
     """
-    factor, best = ops.ones((side, side), "float32"), math.inf
+    factor, best = ops.ones((side, side), dtype), math.inf
     for _ in range(repeats + 1):  # The first one compiles.
         start = time.perf_counter()
-        ops.convert_to_numpy(ops.matmul(factor, factor)[0, 0])
+        ops.convert_to_numpy(ops.cast(ops.matmul(factor, factor)[0, 0], "float32"))
         best = min(best, time.perf_counter() - start)
     return 2 * side**3 / best
 

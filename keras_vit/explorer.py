@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from keras_vit.attention import attention_scores
-from keras_vit.model import seen
+from keras_vit.model import augmented_for_display
 
 # Bytes of attention in one page, a byte for each score.
 BUDGET = 3 * 2**20
@@ -46,7 +46,8 @@ def pack(model, images, titles):
             f"Received: {size:,}"
         )
     scores = attention_scores(model, images[:count])
-    cut = np.clip(np.round(seen(model.augmentation, images[:count])), 0, 255).astype("uint8")
+    cut = augmented_for_display(model.augmentation, images[:count])
+    cut = np.clip(np.round(cut), 0, 255).astype("uint8")
     scales = scores.max(axis=-1)
     levels = np.round(255 * np.sqrt(scores / scales[..., None])).astype("uint8")
     _, blocks, heads, tokens, _ = scores.shape

@@ -16,7 +16,7 @@ THROUGHPUT_BATCH = 256
 
 
 def served(model):
-    """The model as others shall run it: raw pixels in, probabilities out, inference alone.
+    """The inference-only model: raw pixels in, probabilities out.
 
     Layers of its augmentation that change nothing in inference are left out.
 

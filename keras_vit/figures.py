@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from keras_vit.attention import attention_rollout, attention_scores, patch_weights
 from keras_vit.files import whole
 from keras_vit.layers import Patches
-from keras_vit.model import seen
+from keras_vit.model import augmented_for_display
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
@@ -51,7 +51,7 @@ def draw_all(model, dataset, probabilities, folder, history=None, falls=()):
     examples = _one_per_class(labels, len(names), 6)
     images, of = dataset.test_images, {"source": dataset.name}
     draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png", **of)
-    (cut,) = seen(model.augmentation, images[examples[:1]])
+    (cut,) = augmented_for_display(model.augmentation, images[examples[:1]])
     draw_patches(cut, patch_size, folder / "patches.png", **of)
     draw_model(model, folder / "model.png")
     if history:
@@ -75,7 +75,7 @@ def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
         draws: int, number of draws of each.
     """
     originals = np.asarray(images[:count])
-    varied = seen(layers, np.repeat(originals, draws, axis=0), training=True)
+    varied = augmented_for_display(layers, np.repeat(originals, draws, axis=0), training=True)
     result = varied.reshape(len(originals), draws, *varied.shape[1:])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
@@ -305,7 +305,7 @@ def draw_attention_rollout(model, images, titles, path, source=None):
     """
     scores = attention_scores(model, images)
     depth, side = scores.shape[1], model.get_layer("patches").patch_size
-    cut = seen(model.augmentation, images)
+    cut = augmented_for_display(model.augmentation, images)
     rows, columns = cut.shape[1] // side, cut.shape[2] // side
     class_token = model.pooling == "token"
     rollouts = (attention_rollout(scores[:, :block]) for block in range(1, depth + 1))

@@ -37,7 +37,7 @@ ABANDONED = 24 * 3600
 # Names of the folders beside `train` that hold images to test on or, after the first that is
 # there, to validate on.
 OTHER_FOLDERS = ("test", "val", "validation")
-# What an image file is for, in the order of a manifest. A copy is for nothing: a later split has a
+# What an image file is for, in the order of a manifest. Copies are not used: a later split has a
 # file of the same content.
 SPLITS = TRAIN, VALIDATION, TEST, COPY = "train", "validation", "test", "copy"
 
@@ -238,6 +238,11 @@ def _parts(folder):
     """The folders above those of the classes, by what their images are for."""
     tops = {path.name: path for path in _sub_folders(folder)}
     others = [tops[name] for name in OTHER_FOLDERS if name in tops]
+    if "train" in tops and "val" in tops and "validation" in tops:
+        raise ImageError(
+            f"{folder} has both 'val' and 'validation': expected one folder of images to validate "
+            "on, so merge them"
+        )
     if "train" in tops and (others or len(tops) == 1):
         return dict(zip((TRAIN, TEST, VALIDATION), (tops["train"], *others)))
     return {TRAIN: folder}
@@ -346,7 +351,7 @@ def _reason(error):
 
 @contextlib.contextmanager
 def _cache():
-    """Lends the folder that holds what was decoded."""
+    """Yields the cache directory of decoded images."""
     place = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "keras_vit"
     try:
         place.mkdir(parents=True, exist_ok=True)

@@ -57,6 +57,7 @@ class Journal(keras.callbacks.Callback):
         save_every: int, least number of steps between checkpoints inside of an epoch; None for
             none.
         data: string, digest of the training images and labels.
+        epochs: int, length of the run.
 
     Raises:
         OtherData: if the run has a checkpoint with another digest.
@@ -67,9 +68,10 @@ class Journal(keras.callbacks.Callback):
         skipped: int, how many batches of the next one were learned by an earlier process.
     """
 
-    def __init__(self, model, batches, run_dir=None, save_every=None, data=""):
+    def __init__(self, model, batches, run_dir=None, save_every=None, data="", epochs=1):
         super().__init__()
-        self.data = data
+        self.data, self.epochs = data, epochs
+        self._precision = model.get_layer("norm").compute_dtype
         self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
         self._total, self._signals = batches.num_batches, []
@@ -85,6 +87,11 @@ class Journal(keras.callbacks.Callback):
             self._last.assign(model)
             self.rows, self.epoch = self._last.rows, self._last.epoch
             self.skipped, self._spent = self._last.batch, self._last.seconds
+            before = self._last.precision
+            if before and before != self._precision:
+                print(f"Resuming in {self._precision}; the checkpoint was written in {before}.")
+                if self.skipped:  # The epoch will have seen both.
+                    self._precision = f"{before}+{self._precision}"
             _write_tables(run_dir, self.rows)
 
     def start_epoch(self, epoch):
@@ -121,7 +128,8 @@ class Journal(keras.callbacks.Callback):
         seconds = round(self._spent + self._end - self._start, 3)
         row = {"epoch": epoch + 1, **{key: float(value) for key, value in logs.items()}}
         row.setdefault("learning_rate", self._learning_rate())
-        row["precision"] = self.model.get_layer("norm").compute_dtype
+        row["precision"] = self._precision
+        self._precision = self.model.get_layer("norm").compute_dtype
         is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
         self.rows.append({**row, "seconds": seconds})
         self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None
@@ -179,7 +187,8 @@ class Journal(keras.callbacks.Callback):
         seconds = self._spent + time.perf_counter() - self._start if batch else 0.0
         place = self.epoch, batch, list(self.rows), seconds, self.data
         self._written.result()  # One at a time.
-        checkpoint = checkpoints.Checkpoint(*place, checkpoints.copy_of_state(self.model))
+        state = checkpoints.copy_of_state(self.model)
+        checkpoint = checkpoints.Checkpoint(*place, state, self._precision)
         if accelerators():
             self._written = self._writer.submit(_write, self.run_dir, checkpoint)
         else:
@@ -213,7 +222,7 @@ class Journal(keras.callbacks.Callback):
         if now - start < 60 and self._done < self._total or steps == first:
             return
         self._first_step = False
-        left = (self.params["epochs"] * self._total - steps) * (now - start) / (steps - first)
+        left = (self.epochs * self._total - steps) * (now - start) / (steps - first)
         if left > 60:
             print(f"\nAbout {duration(left)} of training left.", flush=True)
 

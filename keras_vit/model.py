@@ -73,8 +73,8 @@ class VisionTransformer(keras.Model):
     Raises:
         ValueError: if an argument lies outside its range, if `num_heads` does not
             divide `embed_dim`, `patch_size` not the image, if there are more
-            or fewer names than classes, or if `augmentation` holds what is no
-            layer, returns no images or mixes them without their labels.
+            or fewer names than classes, or if `augmentation` contains something
+            that is not a layer, returns no images or mixes them without their labels.
 
     Example:
 
@@ -195,8 +195,15 @@ class VisionTransformer(keras.Model):
             images: array `(B, H, W, C)` of raw pixels.
 
         Raises:
-            ValueError: if there is no image.
+            ValueError: if there is no image, or if images have another shape
+                than the model takes.
         """
+        if tuple(images.shape[1:]) != self.input_shape[1:] or not len(images):
+            expected = ", ".join(map(str, self.input_shape[1:]))
+            raise ValueError(
+                f"Expected `images` of shape (B, {expected}) with at least one of them. "
+                f"Received: images.shape={tuple(images.shape)}"
+            )
         normalization = self.get_layer("normalization")
         before = keras.Model(self.input, normalization.input)
         # A few megabytes at a time: all of them as floats would fill the memory.
@@ -344,7 +351,7 @@ def default_augmentation(image_shape, horizontal_flip=True, **crop):
     return [flip, crop] if horizontal_flip else [crop]
 
 
-def seen(layers, images, training=False):
+def augmented_for_display(layers, images, training=False):
     """Images behind the layers of an augmentation, for people to look at.
 
     What layers such as `Rescaling` do to the range of pixels is undone, channel by channel: what

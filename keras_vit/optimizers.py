@@ -1,4 +1,4 @@
-"""Muon for every matrix of a Vision Transformer, those of its attention included."""
+"""Muon for every weight matrix of a Vision Transformer, those of its attention included."""
 
 import math
 
@@ -8,29 +8,36 @@ from keras import ops
 
 @keras.saving.register_keras_serializable("keras_vit")
 class Muon(keras.optimizers.Muon):
-    """`keras.optimizers.Muon` that knows attention's kernels as the matrices that they are.
+    """`keras.optimizers.Muon` that treats attention's projection kernels as matrices.
 
     Muon (Jordan et al., 2024; scaled as by Liu et al., 2025, arXiv:2502.16982)
-    replaces the averaged gradient of a matrix by the nearest matrix whose
-    singular values are one, times `0.2 * sqrt(larger side)`, so that it takes
-    AdamW's learning rates. Keras's own class gives AdamW to everything that
-    does not have two dimensions, `MultiHeadAttention`'s projections among it.
+    replaces the momentum of a matrix by approximately the nearest orthogonal
+    matrix, times `0.2 * sqrt(larger side)`, so that it takes AdamW's learning
+    rates. Keras's own class leaves everything that does not have two
+    dimensions to AdamW, `MultiHeadAttention`'s projections among it.
 
-    Here every variable named `kernel` with two or more dimensions is a matrix:
-    `(D, A, D / A)` of queries, keys and values as `(D, D)`, `(A, D / A, D)` of
-    attention's output likewise. Layers of `exclude_layers`, biases,
-    normalization, class token and positions are left to AdamW. Matrices of one
-    shape share one batched iteration, in `iteration_dtype`.
+    Here every variable named `kernel` with two or three dimensions is a
+    matrix: `(D, A, D / A)` of queries, keys and values as `(D, D)`,
+    `(A, D / A, D)` of attention's output likewise. Layers of `exclude_layers`,
+    kernels of convolutions, biases, normalization, class token and positions
+    are left to AdamW. Matrices of one shape share one batched iteration, in
+    `iteration_dtype`.
 
     Args:
         learning_rate: float or `LearningRateSchedule`.
         weight_decay: float, decoupled weight decay of every variable that
             `exclude_from_weight_decay` does not name, AdamW's included.
-        exclude_layers: strings, names of the layers whose kernels are left to
-            AdamW.
-        iteration_dtype: string, dtype of the Newton-Schulz iteration;
-            `"bfloat16"` saves time where the device computes in it.
-        **kwargs: arguments of `keras.optimizers.Muon`.
+        exclude_layers: list of strings, names of the layers whose kernels are
+            left to AdamW.
+        iteration_dtype: `"float32"` or `"bfloat16"`, dtype of the
+            Newton-Schulz iteration; the latter saves time where the device
+            computes in it.
+        **kwargs: arguments of `keras.optimizers.Muon`, but for
+            `exclude_embeddings`, which does nothing here.
+
+    Raises:
+        ValueError: if an argument lies outside the values above, or if
+            TensorFlow distributes the model over several replicas.
 
     Example:
 
@@ -40,11 +47,22 @@ class Muon(keras.optimizers.Muon):
     def __init__(
         self,
         learning_rate=0.001,
+        *,
         weight_decay: float = 0.05,
         exclude_layers=("patch_embedding", "head"),
         iteration_dtype: str = "float32",
         **kwargs,
     ):
+        if isinstance(exclude_layers, str):
+            raise ValueError(
+                "Expected `exclude_layers` to be a list of layer names, such as ['head']. "
+                f"Received: exclude_layers={exclude_layers!r}"
+            )
+        if iteration_dtype not in ("float32", "bfloat16"):
+            raise ValueError(
+                "Expected `iteration_dtype` to be 'float32' or 'bfloat16'. "
+                f"Received: iteration_dtype={iteration_dtype!r}"
+            )
         kwargs.setdefault("adam_weight_decay", weight_decay)
         super().__init__(
             learning_rate,
@@ -54,9 +72,21 @@ class Muon(keras.optimizers.Muon):
         )
         self.iteration_dtype = iteration_dtype
 
+    def build(self, var_list):
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+                raise ValueError(
+                    "Expected one replica: `keras_vit.Muon` does not sum gradients over those of "
+                    "`tf.distribute`. Use `keras.optimizers.Muon` there, or JAX with "
+                    "`keras.distribution`."
+                )
+        super().build(var_list)
+
     def _should_use_adamw(self, variable):
         *layers, name = variable.path.split("/")
-        is_matrix = name == "kernel" and len(variable.shape) > 1
+        is_matrix = name == "kernel" and len(variable.shape) in (2, 3)
         return not is_matrix or not set(self.exclude_layers).isdisjoint(layers)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
@@ -80,12 +110,11 @@ class Muon(keras.optimizers.Muon):
             self.assign(momentum, momentum * self.momentum + grad)
             average = grad + self.momentum * momentum if self.nesterov else momentum
             averages.append(ops.reshape(ops.convert_to_tensor(average), shape))
-        stack = ops.cast(ops.stack(averages), "float32")
-        stack = stack / (ops.sqrt(ops.sum(stack * stack, axis=(1, 2), keepdims=True)) + 1e-7)
-        stack = self.zeropower_via_newtonschulz5(
-            ops.cast(stack, self.iteration_dtype), self.ns_steps
-        )
-        scale = learning_rate * self.rms_rate * math.sqrt(max(shape))
+        stack = ops.cast(ops.stack(averages), self.iteration_dtype)
+        stack = self.zeropower_via_newtonschulz5(stack, self.ns_steps)
+        scale = learning_rate
+        if self.rms_rate is not None:
+            scale = scale * self.rms_rate * math.sqrt(max(shape))
         updates = ops.unstack(scale * ops.cast(stack, "float32"), len(pairs))
         for (_, variable), update in zip(pairs, updates):
             self.assign_sub(variable, ops.reshape(update, variable.shape))
@@ -98,5 +127,5 @@ def _matrix_shape(variable):
     """Rows and columns of a kernel: `(inputs, outputs)` of the linear map that it is."""
     shape = tuple(variable.shape)
     # Of attention's output alone, the inputs have two dimensions.
-    rows = 2 if "attention_output" in variable.path.split("/") else 1
+    rows = len(shape) - 1 if "attention_output" in variable.path.split("/") else 1
     return math.prod(shape[:rows]), math.prod(shape[rows:])

@@ -77,7 +77,7 @@ def least_memory(recipe, dataset, dtype):
 def operations(recipe, image_shape):
     """Floating point operations of training on one image, forwards and backwards.
 
-    Every product of matrices counts, the optimizer's and those of the augmentation do not.
+    Every product of matrices counts but for the head's, the optimizer's and the augmentation's.
 
     Args:
         recipe: a `Recipe`.
@@ -90,13 +90,13 @@ def operations(recipe, image_shape):
     patches = (height // recipe.patch_size) * (width // recipe.patch_size)
     has_token = recipe.pooling == "token"
     tokens, dim = patches + has_token, recipe.embed_dim
-    # A token asks and is transformed; keys and values are those of all.
+    # Query, attention and MLP of one token; keys and values are projected for all tokens.
     token = 2 * dim**2 + 2 * dim * recipe.mlp_dim + 2 * tokens * dim
     keys_and_values = tokens * 2 * dim**2
     last = 1 if has_token else tokens
     blocks = recipe.depth * keys_and_values + ((recipe.depth - 1) * tokens + last) * token
     embedding = patches * recipe.patch_size**2 * channels * dim
-    # A product has two gradients, one for each factor, but nobody asks for those of pixels.
+    # A product has two gradients, one for each factor; that of the pixels is not needed.
     return 2 * (3 * blocks + 2 * embedding)
 
 
@@ -202,7 +202,7 @@ def fit(
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     compile_model(model, recipe, batches.num_batches)
     data = digest(dataset) if run_dir else ""
-    journal = Journal(model, batches, run_dir, save_every, data)
+    journal = Journal(model, batches, run_dir, save_every, data, recipe.epochs)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
         journal,
@@ -251,7 +251,7 @@ def optimizer(model, recipe, steps_per_epoch):
     if recipe.optimizer == "muon":
         # Halves overflow where bfloat16 does not.
         iteration = "bfloat16" if precision == "bfloat16" else "float32"
-        chosen = Muon(rate, recipe.weight_decay, iteration_dtype=iteration)
+        chosen = Muon(rate, weight_decay=recipe.weight_decay, iteration_dtype=iteration)
     else:
         chosen = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
     if recipe.decay_kernels_only:

@@ -124,7 +124,7 @@ def test_another_version_is_told_and_obeyed(name, monkeypatch, tmp_path):
     checkpoint = stored(tmp_path, model)
     now = {**checkpoints.versions(), name: "9.9.9"}
     monkeypatch.setattr(checkpoints, "versions", lambda: now)
-    with pytest.warns(UserWarning, match=f"written by keras .* goes on with .*{name} 9.9.9"):
+    with pytest.warns(UserWarning, match=f"written by keras .* is resumed with .*{name} 9.9.9"):
         checkpoint.assign(model)
 
 

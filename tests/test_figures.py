@@ -10,7 +10,7 @@ from PIL import Image
 
 from keras_vit import VisionTransformer, explorer, figures
 from keras_vit.data import Dataset
-from keras_vit.model import seen
+from keras_vit.model import augmented_for_display
 
 NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
 HISTORY = {
@@ -89,9 +89,11 @@ def test_what_layers_do_to_the_range_of_pixels_is_undone_to_look_at_them(dataset
         keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 5.0, 6.0]),
         keras.layers.CenterCrop(4, 6),
     ]
-    np.testing.assert_allclose(seen(layers, images), images[:, 2:6, 3:9], atol=1e-3)
+    np.testing.assert_allclose(
+        augmented_for_display(layers, images), images[:, 2:6, 3:9], atol=1e-3
+    )
     grey = keras.layers.Lambda(lambda x: 0 * x)
-    assert not seen([grey], images).any()
+    assert not augmented_for_display([grey], images).any()
 
 
 def test_of_very_many_patches_the_first_are_drawn(tmp_path):

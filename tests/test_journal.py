@@ -1,5 +1,6 @@
 """A training that stops anywhere and goes on ends where one that never stopped ends."""
 
+import csv
 import dataclasses
 import os
 import signal
@@ -102,6 +103,30 @@ def test_a_cosine_with_muon_resumes_in_every_precision(precision, tmp_path):
     assert_same(
         learn(stopped, recipe=recipe, precision=precision), stopped, (expected, undisturbed)
     )
+
+
+def test_a_run_may_resume_in_another_precision(capsys, tmp_path):
+    assert learn(tmp_path, (2, 3)) is None
+    assert learn(tmp_path, precision="mixed_bfloat16") is not None
+    assert "Resuming in bfloat16; the checkpoint was written in float32." in capsys.readouterr().out
+    with open(tmp_path / "history.csv", newline="", encoding="utf-8") as lines:
+        precisions = [row["precision"] for row in csv.DictReader(lines)]
+    assert precisions == ["float32", "float32+bfloat16", "bfloat16"]
+
+
+def test_a_loss_scale_starts_anew_where_a_run_resumes_in_float16_and_is_dropped_elsewhere():
+    recipe = small_recipe(optimizer="muon")
+    for before, after in (("float32", "mixed_float16"), ("mixed_float16", "float32")):
+        models = [training.build_model(colours(), recipe, x) for x in (before, after)]
+        for model in models:
+            training.compile_model(model, recipe)
+        state = checkpoints.copy_of_state(models[0])
+        checkpoints.Checkpoint(1, 0, [], 0.0, "", state).assign(models[1])
+        found = checkpoints.copy_of_state(models[1])
+        shared = set(found) & set(state)
+        assert sum("momentum" in name for name in shared) == len(models[0].trainable_variables)
+        for name in shared:
+            np.testing.assert_array_equal(found[name], state[name])
 
 
 def test_sigterm_is_obeyed_like_ctrl_c(tmp_path):

@@ -41,7 +41,7 @@ def test_matrices_learn_what_keras_s_muon_teaches_them(nesterov):
     for i, array in enumerate(arrays):
         with keras.name_scope(f"layer_{i}"):
             variables.append(keras.Variable(array, name="kernel"))
-    found = learned(Muon(0.01, 0.1, nesterov=nesterov), variables, gradients)
+    found = learned(Muon(0.01, weight_decay=0.1, nesterov=nesterov), variables, gradients)
     for ours, theirs in zip(found, by_keras(arrays, gradients, nesterov=nesterov), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -52,7 +52,7 @@ def test_projections_of_attention_are_matrices_and_the_rest_is_adamw_s():
     variables = layer.trainable_variables
     arrays = [to_numpy(variable) for variable in variables]
     gradients = [[noise(20 * i + j, *x.shape) for j, x in enumerate(arrays)] for i in range(2)]
-    found = learned(Muon(0.01, 0.1), variables, gradients)
+    found = learned(Muon(0.01, weight_decay=0.1), variables, gradients)
     kernels = [i for i, x in enumerate(arrays) if x.ndim == 3]
     assert len(kernels) == 4
 
@@ -70,6 +70,36 @@ def test_projections_of_attention_are_matrices_and_the_rest_is_adamw_s():
     expected = learned(adamw, others, [pick(step, biases) for step in gradients])
     for i, theirs in zip(biases, expected, strict=True):
         np.testing.assert_allclose(found[i], theirs, atol=1e-6)
+
+
+def test_other_kernels_are_left_to_adamw_or_keep_their_sides():
+    layers = [keras.layers.Conv2D(8, 3), keras.layers.Dense(8, name="attention_output")]
+    for layer in layers:
+        layer.build((None, 6, 6, 4))
+    optimizer = Muon()
+    optimizer.build([layer.kernel for layer in layers])
+    assert [x is None for x in optimizer.adam_velocities] == [False, True]
+    gradients = [np.ones((3, 3, 4, 8), "float32"), noise(5, 4, 8)]
+    before = to_numpy(layers[1].kernel)
+    optimizer.apply([ops.convert_to_tensor(x) for x in gradients], [x.kernel for x in layers])
+    sizes = np.linalg.svd(to_numpy(layers[1].kernel) - before, compute_uv=False)
+    assert sizes.min() > 0.5 * sizes.max()
+
+
+@pytest.mark.parametrize("options", [{"exclude_layers": "head"}, {"iteration_dtype": "bf16"}])
+def test_arguments_that_would_do_nothing_are_refused(options):
+    with pytest.raises(ValueError, match=f"Received: {next(iter(options))}="):
+        Muon(**options)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow alone")
+def test_several_replicas_of_tensorflow_are_refused(monkeypatch):
+    import tensorflow as tf
+
+    strategy = type("Strategy", (), {"num_replicas_in_sync": 2})()
+    monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
+    with pytest.raises(ValueError, match="one replica"):
+        Muon().build([keras.Variable(np.ones((2, 2)), name="kernel")])
 
 
 def small_model():
@@ -99,7 +129,7 @@ def test_bfloat16_iterates_to_nearly_the_same():
     gradient = noise(4, 24, 24)
     full, half = (
         learned(
-            Muon(0.1, 0.0, iteration_dtype=dtype),
+            Muon(0.1, weight_decay=0.0, iteration_dtype=dtype),
             [keras.Variable(np.zeros((24, 24), "float32"), name="kernel")],
             [[gradient]],
         )[0]

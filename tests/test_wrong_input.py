@@ -181,8 +181,8 @@ def test_a_wrong_data_file_ends_with_one_line(content, expected, capsys, monkeyp
 
 DIGITS = [
     ("--limit-train=5", "digits has 1438 training images of 10 classes"),
-    ("--validation=1437", "a wish to hold out 1437 of them"),
-    ("--limit-train=1430", "a wish to train on 1430 of them"),
+    ("--validation=1437", "Received: validation=1437"),
+    ("--limit-train=1430", "Received: limit_train=1430"),
     ("--embed-dim=4194304", "needs more memory than this machine has"),
     ("--depth=10000000", "needs more memory than this machine has"),
 ]
@@ -290,8 +290,8 @@ FUNCTIONS = {
     "discard_ratio=1": lambda: rollout(discard_ratio=1),
     "discard_ratio=nan": lambda: rollout(discard_ratio=float("nan")),
     "discard_ratio='half'": lambda: rollout(discard_ratio="half"),
-    "a wish to train on 0": lambda: colours().limit_train(0, 0),
-    "a wish to hold out 99": lambda: colours().hold_out(99, 0),
+    "Received: limit_train=0": lambda: colours().limit_train(0, 0),
+    "Received: validation=99": lambda: colours().hold_out(99, 0),
     "'no_such_set'": lambda: keras_vit.load_dataset("no_such_set"),
     "missing.npz": lambda: keras_vit.load_dataset("missing.npz"),
     "missing.keras": lambda: keras_vit.load_model("missing.keras"),

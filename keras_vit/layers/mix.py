@@ -46,13 +46,13 @@ class MixUpCutMix(PipelineLayer):
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
 
     Attributes:
-        kept: variable, what share of each image stayed in the last training
-            batch of images without labels.
+        kept: variable, fraction of each image that was kept in the last
+            training batch of images without labels.
 
     Raises:
         ValueError: if the shares lie outside the ranges above, if the images
-            have not four dimensions, or if their labels are missing inside a
-            `tf.data` pipeline or are not one-hot.
+            have not four dimensions, if their labels are not one-hot, or, on
+            JAX and PyTorch, if they are missing inside a `tf.data` pipeline.
 
     Example:
 

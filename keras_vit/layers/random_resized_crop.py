@@ -198,6 +198,10 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
     def _check(self, data):
         """Raises a `ValueError` for a dictionary that the layer cannot crop."""
         name = self.__class__.__name__
+        if "images" not in data:
+            raise ValueError(
+                f"Expected a dictionary with 'images' for {name}. Received: keys={sorted(data)}"
+            )
         if "bounding_boxes" in data:
             raise ValueError(
                 f"{name} does not support bounding boxes. Expected a dictionary of 'images', "
