@@ -9,7 +9,7 @@ from conftest import cifar10_on_disk
 from keras_vit import training
 from keras_vit.data import Batches, Dataset
 from keras_vit.journal import Journal
-from keras_vit.recipes import Baseline
+from keras_vit.recipes import Baseline, Quick
 from keras_vit.training import build_model, compile_model, fit, step_schedule
 
 SMALL = {"patch_size": 4, "embed_dim": 16, "mlp_dim": 32, "num_heads": 2, "depth": 1}
@@ -210,12 +210,12 @@ def test_each_epoch_shows_its_own_order_of_images(monkeypatch):
     assert started[-3:] == [1, 2, 3]
 
 
-@pytest.mark.slow
 def test_the_loss_falls_on_real_images():
     dataset = cifar10_on_disk().limit_train(2000, seed=0)
     keras.utils.set_random_seed(0)
-    model = build_model(dataset, Baseline())
-    history = fit(model, dataset, Baseline(epochs=3))
+    recipe = Quick(epochs=3)
+    model = build_model(dataset, recipe)
+    history = fit(model, dataset, recipe)
     assert history["loss"][0] < 2.4
     assert history["loss"][-1] < history["loss"][0] - 0.15
     predicted = model.predict(dataset.test_images[:2000], batch_size=256, verbose=0).argmax(axis=1)
