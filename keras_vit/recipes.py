@@ -102,7 +102,11 @@ class Baseline(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class Quick(Recipe):
-    """A narrow model, four epochs of CIFAR-10 along a cosine: for two CPU cores and ten minutes."""
+    """A narrow model and Muon for four epochs of CIFAR-10: for two CPU cores and ten minutes.
+
+    73.9 % on CIFAR-10, seed 0, for 4.6e13 FLOP: 16 minutes on one core of an Intel Xeon with
+    AVX-512, in float32 beside other work. Kernels alone decay.
+    """
 
     images_seen: typing.ClassVar[int | None] = 200_000
     epochs: int = 4
@@ -123,7 +127,11 @@ class Quick(Recipe):
 
 @dataclasses.dataclass(frozen=True)
 class Strong(Recipe):
-    """A model of 1.8 million parameters, Muon, and images that are never the same twice."""
+    """1.8 million parameters, Muon, TrivialAugment and a wider crop: for a night on two CPU cores.
+
+    88.1 % on CIFAR-10, seed 0, for 1.5e15 FLOP: 2.3 hours on one and two cores of an Intel Xeon
+    with AMX, by `--backend torch --precision bfloat16` beside other work. Kernels alone decay.
+    """
 
     epochs: int = 40
     optimizer: str = "muon"
