@@ -715,8 +715,8 @@ def _settings_of(path):
 def current_names(settings):
     """Settings of a file, perhaps of an earlier version, under the names that they have now."""
     settings = dict(settings)
-    if "epochs" in settings and "optimizer" not in settings:
-        # Such a run had the baseline's values of what has become a setting since.
+    if {"epochs", "learning_rate", "depth"} <= set(settings) and "optimizer" not in settings:
+        # A run's own file, which lists every setting: what has become one since was the baseline's.
         for name, value in _plain(dataclasses.asdict(Recipe())).items():
             settings.setdefault(name, value)
     if "mixed_precision" in settings:

@@ -252,7 +252,7 @@ FUNCTIONS = {
     "'mix', a MixUp of Keras's": lambda: small(
         augmentation=[keras.layers.Pipeline([keras.layers.MixUp(name="mix")])]
     ),
-    "Received: none": lambda: small().adapt(np.zeros((0, 8, 8, 3))),
+    "Received: images.shape=(0, 8, 8, 3)": lambda: small().adapt(np.zeros((0, 8, 8, 3))),
     "mixup='much'": lambda: keras_vit.MixUpCutMix(mixup="much"),
     "dropout='much'": lambda: small(dropout="much"),
     "dropout=nan": lambda: small(dropout=float("nan")),
