@@ -288,7 +288,7 @@ def test_images_to_validate_on_may_lie_beside_those_to_train_and_test_on(tmp_pat
     expected = read_image(tmp_path / "set" / "val" / "b" / "1.png", (8, 9))
     np.testing.assert_array_equal(images[3], expected)
     assert cli.training_part(dataset, cli.Run())[1] is dataset.validation
-    with pytest.raises(ValueError, match="set has 4 images of its own to validate on"):
+    with pytest.raises(ValueError, match="set has a validation set of 4 images"):
         dataset.hold_out(2, seed=0)
 
 
