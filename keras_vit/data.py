@@ -210,6 +210,22 @@ class Batches(keras.utils.PyDataset):
         return self.images[chosen], self.labels[chosen]
 
 
+class InOrder(Batches):
+    """Batches of images as they stand, to measure a model on them.
+
+    Args:
+        images: array `(N, H, W, C)`.
+        labels: array `(N,)`.
+        batch_size: int, images in a batch; the last one holds what is left.
+    """
+
+    def __init__(self, images, labels, batch_size):
+        super().__init__(images, labels, batch_size, seed=0)
+
+    def start_epoch(self, epoch, skipped=0):
+        self._order = np.arange(len(self.labels))
+
+
 class DeviceBatches(Batches):
     """`Batches` for JAX, cut out of images that lie on the device.
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 
-from keras_vit.data import Batches, DeviceBatches, digest
+from keras_vit.data import Batches, DeviceBatches, InOrder, digest
 from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.journal import Journal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
@@ -214,19 +214,50 @@ def fit(
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
     settings = {
         "shuffle": False,
-        "validation_data": validation,
-        "validation_batch_size": recipe.batch_size,
+        "validation_data": validation and fed(InOrder(*validation, recipe.batch_size)),
         "callbacks": callbacks,
     }
+
+    def fit_until(epochs):
+        model.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
+
     with journal.at_work():
         # The rest of an interrupted epoch, which is shorter than the others.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
-            model.fit(batches, initial_epoch=journal.epoch, epochs=journal.epoch + 1, **settings)
+            fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
-        model.fit(batches, initial_epoch=journal.epoch, epochs=recipe.epochs, **settings)
+        fit_until(recipe.epochs)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
     return {key: [row[key] for row in journal.rows] for key in measured}
+
+
+def fed(batches):
+    """Batches as Keras reads them without waiting.
+
+    On TensorFlow, Keras makes a `tf.data.Dataset` of them. The thread that would tune it sleeps up
+    to a minute at a time, and the end of each epoch waits for it to wake (seen with TensorFlow
+    2.21): here nothing is tuned.
+
+    Args:
+        batches: a `keras.utils.PyDataset` of arrays.
+
+    Returns:
+        A `tf.data.Dataset`, or on other backends the batches as they are.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return batches
+    import tensorflow as tf
+
+    count = batches.num_batches
+    dataset = tf.data.Dataset.from_generator(
+        lambda: (batches[index] for index in range(count)),
+        output_signature=tuple(tf.TensorSpec((None, *x.shape[1:]), x.dtype) for x in batches[0]),
+    )
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(count))
+    return dataset.prefetch(2).with_options(options)
 
 
 def batches_of(images, labels, batch_size, seed):
