@@ -80,7 +80,8 @@ class Journal(keras.callbacks.Callback):
         self._written = self._writer.submit(int)  # Nothing yet.
         # A GPU would wait for the host at each look.
         self._looks_at_each_step = not accelerators()
-        self._first_step = None  # Epoch, batch and time; False once the time left was told.
+        self._first_step = None  # How many steps of the run were done then, and the time.
+        self._told_time_left = False
         if self._last:
             if self._last.data != data:
                 raise OtherData(f"{run_dir} was begun with other training images or labels")
@@ -212,7 +213,7 @@ class Journal(keras.callbacks.Callback):
 
     def _tell_time_left(self):
         """Says once, after a minute or the first epoch, how long the rest will take."""
-        if self._first_step is False:
+        if self._told_time_left:
             return
         now, steps = time.perf_counter(), self.epoch * self._total + self._done
         if self._first_step is None:  # It was compiled; the others tell how long a step takes.
@@ -221,7 +222,7 @@ class Journal(keras.callbacks.Callback):
         first, start = self._first_step
         if now - start < 60 and self._done < self._total or steps == first:
             return
-        self._first_step = False
+        self._told_time_left = True
         left = (self.epochs * self._total - steps) * (now - start) / (steps - first)
         if left > 60:
             print(f"\nAbout {duration(left)} of training left.", flush=True)

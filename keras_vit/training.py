@@ -212,9 +212,12 @@ def fit(
         callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
     if tensorboard and run_dir:
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
+    if validation is not None:
+        images, labels = validation
+        validation = fed(InOrder(images, labels, recipe.batch_size))
     settings = {
         "shuffle": False,
-        "validation_data": validation and fed(InOrder(*validation, recipe.batch_size)),
+        "validation_data": validation,
         "callbacks": callbacks,
     }
 

@@ -60,6 +60,7 @@ def test_a_training_image_costs_1_3_gigaflop():
 # How the cost of a step grows
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_scaling_agrees_with_pytorchs_count_of_operations():
     pytest.importorskip("torch")
     script = """

@@ -195,9 +195,9 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
     assert "images of digits" in captured.out
 
 
-def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
+def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_path):
     first = tmp_path / "run"
-    arguments = ["--dataset=digits", "--validation=50", "--seed=3"]
+    arguments = ["--dataset=digits", "--limit-train=200", "--validation=50", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
     names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json", "report.html"}
     assert {path.name for path in first.iterdir()} == {
@@ -221,17 +221,16 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, tmp_path):
 
     assert train(*arguments, folder=tmp_path) == 2
     assert "--overwrite" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "draw", lambda *_: None)  # Saves time.
     config = f"--config={first / 'config.json'}"
     assert cli.main([config, f"--output={tmp_path / 'again'}"]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["loss"] == pytest.approx(metrics["loss"], rel=1e-4)
+
     assert train(*arguments, "--overwrite", folder=tmp_path) == 0
-
-
-def test_a_repeated_run_does_not_overwrite_what_its_model_once_overwrote(tmp_path):
-    assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 0
-    assert "overwrite" not in json.loads((tmp_path / "run" / "config.json").read_text())
-    assert cli.main([f"--config={tmp_path / 'run' / 'config.json'}"]) == 2
+    # Its repetition does not overwrite what the run once overwrote.
+    assert "overwrite" not in json.loads((first / "config.json").read_text())
+    assert cli.main([config]) == 2
 
 
 def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
@@ -364,6 +363,7 @@ def test_settings_reach_the_model(monkeypatch, tmp_path):
     assert model.get_layer("patches").patch_size == 8
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT between processes on Windows")
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
     places = [f"--output={tmp_path / 'run'}", f"--figures-dir={tmp_path / 'figures'}"]

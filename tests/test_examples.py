@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="once is enough: they are the library's tests"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        keras.backend.backend() != "tensorflow",
+        reason="once is enough: they are the library's tests",
+    ),
+]
 
 
 def run(source, folder, monkeypatch):

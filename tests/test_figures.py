@@ -48,7 +48,7 @@ def is_drawn(path):
     return 200 < height < 4000 and 200 < width < 4000 and picture.std() > 0.02
 
 
-@pytest.mark.parametrize("pooling", ["token", "mean"])
+@pytest.mark.parametrize("pooling", ["token", pytest.param("mean", marks=pytest.mark.slow)])
 def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities, pooling):
     if pooling == "mean":
         model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})

@@ -70,8 +70,15 @@ def assert_same(model, folder, whole):
 
 @pytest.mark.parametrize(
     "stops",
-    [[(1, 1)], [(1, 6)], [(2, 3)], [(3, 6)], [(1, 2), (1, 5), (2, 6), (3, 1)]],
-    ids=["first step", "end of an epoch", "middle", "very end", "again and again"],
+    [
+        pytest.param([(1, 1)], id="first step"),
+        pytest.param([(1, 6)], id="end of an epoch", marks=pytest.mark.slow),
+        pytest.param([(2, 3)], id="middle"),
+        pytest.param([(3, 6)], id="very end", marks=pytest.mark.slow),
+        pytest.param(
+            [(1, 2), (1, 5), (2, 6), (3, 1)], id="again and again", marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tmp_path):
     for stop in stops:
@@ -79,6 +86,7 @@ def test_a_run_that_stops_and_goes_on_ends_bit_for_bit_the_same(stops, whole, tm
     assert_same(learn(tmp_path), tmp_path, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision",
     [

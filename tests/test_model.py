@@ -485,7 +485,7 @@ def test_what_is_frozen_stays_frozen_in_a_file_inner_layers_as_well(tmp_path):
     assert not keras_vit.VisionTransformer.from_config(config).get_layer("head").trainable
 
 
-@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_quantized_model_is_loaded_as_it_was_saved(mode, tmp_path):
     model = make_model(depth=1)
     images = random_images(11, 6, 8, 8, 3)
@@ -516,7 +516,13 @@ def test_a_model_comes_back_from_its_config_with_the_same_graph(model):
     assert [x.shape for x in again.weights] == [x.shape for x in model.weights]
 
 
-@pytest.mark.parametrize("imports", ["import keras_vit, keras", "import keras, keras_vit"])
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import keras_vit, keras",
+        pytest.param("import keras, keras_vit", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
 def test_another_process_loads_the_file_on_any_backend_after_importing_the_package(
     backend, imports, model, saved, tmp_path

@@ -210,6 +210,7 @@ def test_each_epoch_shows_its_own_order_of_images(monkeypatch):
     assert started[-3:] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_real_images():
     dataset = cifar10_on_disk().limit_train(2000, seed=0)
     keras.utils.set_random_seed(0)
