@@ -16,8 +16,8 @@ import sys
 
 from benchmarks.results import option_words
 from keras_vit.files import write_json
-from keras_vit.journal import read_history
-from keras_vit.recipes import Baseline
+from keras_vit.training.journal import read_history
+from keras_vit_cli.recipes import RECIPES
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What belongs together, by the names of the recipe's fields.
@@ -73,7 +73,7 @@ def variants(mode):
 
 def flags(fields):
     """Options of `train.py` that give fields the values that they have in the baseline."""
-    recipe = Baseline()
+    recipe = RECIPES["baseline"]
     return [word for field in fields for word in option_words(field, getattr(recipe, field))]
 
 

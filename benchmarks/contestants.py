@@ -30,12 +30,12 @@ def ours(batch_size, dtype, augmentation=None, **sizes):
     import keras
 
     from keras_vit import VisionTransformer
-    from keras_vit.recipes import Baseline
     from keras_vit.training import compile_model
+    from keras_vit_cli.recipes import RECIPES
 
     keras.utils.set_random_seed(0)
     model = VisionTransformer(augmentation=augmentation, dtype=dtype, **sizes)
-    compile_model(model, Baseline())
+    compile_model(model, RECIPES["baseline"])
     images, labels = batch(batch_size, model.input_shape[1])
     return lambda: model.train_on_batch(images, labels)
 
@@ -135,12 +135,12 @@ def ours_epoch(batch_size, dtype, count):
     import keras
 
     from keras_vit import VisionTransformer
-    from keras_vit.recipes import Baseline
     from keras_vit.training import batches_of, compile_model
+    from keras_vit_cli.recipes import RECIPES
 
     keras.utils.set_random_seed(0)
     model = VisionTransformer(dtype=dtype)
-    compile_model(model, Baseline())
+    compile_model(model, RECIPES["baseline"])
     batches = batches_of(*batch(count), batch_size, seed=0)
     return lambda: model.fit(batches, shuffle=False, verbose=0)
 

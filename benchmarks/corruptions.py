@@ -62,15 +62,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     options = parser.parse_args()
-    from keras_vit import commands
-    from keras_vit.evaluation import predict
+    from keras_vit.reporting.metrics import predict
+    from keras_vit_cli.errors import CommandError
+    from keras_vit_cli.inputs import load_model, load_suitable
 
     try:
         config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))
         path = options.run / "model.keras"
-        model = commands.load(path)
-        dataset = commands.dataset_for(model, path, config["dataset"], config.get("data_dir"))
-    except (OSError, ValueError, KeyError, TypeError, commands.Failure) as error:
+        model = load_model(path)
+        dataset = load_suitable(model, path, config["dataset"], config.get("data_dir"))
+    except (OSError, ValueError, KeyError, TypeError, CommandError) as error:
         parser.error(f"{options.run} is not the folder of a finished run: {error}")
 
     images, labels = dataset.test_images, dataset.test_labels

@@ -14,9 +14,9 @@ import statistics
 
 import numpy as np
 
-from keras_vit.cli import Run, current_names
 from keras_vit.files import write_json
-from keras_vit.recipes import RECIPES, Recipe
+from keras_vit_cli.recipes import RECIPE_OPTIONS, RECIPES
+from keras_vit_cli.settings import Settings, current_names
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "results"
@@ -152,7 +152,7 @@ def table(runs):
 def epochs_of(run):
     """How many epochs a run took, beside those of its recipe if they are others."""
     recipe, epochs = RECIPES[run["config"]["recipe"]], run["metrics"]["epochs"]
-    return str(epochs) if epochs == recipe().epochs else f"{epochs} of {recipe().epochs}"
+    return str(epochs) if epochs == recipe.epochs else f"{epochs} of {recipe.epochs}"
 
 
 def flop(run):
@@ -160,8 +160,8 @@ def flop(run):
     from keras_vit.training import operations
 
     config = run["config"]
-    names = {field.name for field in dataclasses.fields(Recipe)} & set(config)
-    recipe = Recipe(**{name: config[name] for name in names})
+    changed = {x.name: config[x.name] for x in RECIPE_OPTIONS if x.name in config}
+    recipe = dataclasses.replace(RECIPES[config["recipe"]], **changed)
     images = config.get("limit_train") or 50_000 - config.get("validation", 0)
     return images * run["metrics"]["epochs"] * operations(recipe, (32, 32, 3))
 
@@ -176,10 +176,10 @@ def spread(values):
 
 def command(config):
     """The command line that repeats a run, but for its seed and its places."""
-    recipe = RECIPES[config["recipe"]]()
+    recipe = RECIPES[config["recipe"]]
     words = ["python train.py", f"--recipe {config['recipe']}"]
     for name, value in config.items():
-        default = getattr(recipe, name, getattr(Run, name, None))
+        default = getattr(recipe, name, getattr(Settings, name, None))
         value = tuple(value) if isinstance(value, list) else value
         if name in IMPLIED or value == default:
             continue

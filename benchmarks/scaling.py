@@ -216,8 +216,8 @@ def memory_of_epochs(epochs=20, steps=4, batch_size=64):
 
     from keras_vit import VisionTransformer
     from keras_vit.data import Dataset
-    from keras_vit.recipes import Baseline
     from keras_vit.training import fit
+    from keras_vit_cli.recipes import RECIPES
 
     resident = []
     note = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: resident.append(_resident_mib()))
@@ -230,7 +230,7 @@ def memory_of_epochs(epochs=20, steps=4, batch_size=64):
     names = [str(name) for name in range(contestants.CLASSES)]
     model = Watched()
     model.adapt(data[0])
-    recipe = dataclasses.replace(Baseline(), epochs=epochs, batch_size=batch_size)
+    recipe = dataclasses.replace(RECIPES["baseline"], epochs=epochs, batch_size=batch_size)
     fit(model, Dataset("noise", *data, *data, names, horizontal_flip=True), recipe)
     return resident
 

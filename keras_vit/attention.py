@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vit.arguments import share_below_one
 from keras_vit.model import VisionTransformer
+from keras_vit.validation import share_below_one
 
 BATCH_SIZE = 64
 

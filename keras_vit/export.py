@@ -1,18 +1,34 @@
 """Trained models as files for other runtimes, and those runtimes run on them, to compare."""
 
 import math
-import statistics
-import time
+import typing
 
 import keras
 import numpy as np
 
-from keras_vit.evaluation import predict
 from keras_vit.layers import gelu
+from keras_vit.reporting.metrics import predict
 
-# What `Model.export` calls each format.
-FORMATS = {"onnx": "onnx", "saved_model": "tf_saved_model", "litert": "litert"}
-THROUGHPUT_BATCH = 256
+
+class Format(typing.NamedTuple):
+    """A format that `write` knows.
+
+    Attributes:
+        keras_name: string, what `keras.Model.export` calls it.
+        suffix: string, how its files end; empty where it is a folder.
+        packages: names of the modules that write and run it, beside TensorFlow.
+    """
+
+    keras_name: str
+    suffix: str
+    packages: tuple[str, ...]
+
+
+FORMATS = {
+    "onnx": Format("onnx", ".onnx", ("onnx", "tf2onnx", "onnxruntime")),
+    "saved_model": Format("tf_saved_model", "", ()),
+    "litert": Format("litert", ".tflite", ("ai_edge_litert",)),
+}
 
 
 def served(model):
@@ -60,12 +76,14 @@ def write(model, path, format):
     Args:
         model: a model from `served`.
         path: `Path` of the file, or of the folder for `"saved_model"`.
-        format: `"onnx"`, `"saved_model"` or `"litert"`.
+        format: string, one of `FORMATS`.
     """
     shape = (None, *model.input_shape[1:])
     signature = [keras.layers.InputSpec(shape=shape, dtype="float32", name="images")]
     settings = {} if format == "litert" else {"verbose": False}
-    model.export(str(path), format=FORMATS[format], input_signature=signature, **settings)
+    model.export(
+        str(path), format=FORMATS[format].keras_name, input_signature=signature, **settings
+    )
 
 
 def runner(path, format):
@@ -74,45 +92,22 @@ def runner(path, format):
 
 
 def compare(model, run, images):
-    """How an exported model's answers and times differ from Keras's.
+    """The largest difference between the probabilities of an exported model and of Keras.
 
     Args:
         model: the trained `VisionTransformer`.
         run: function from `runner`.
-        images: array `(B, H, W, C)`.
+        images: array `(B, H, W, C)`, given to the exported model together and, the first eight, one
+            by one.
 
     Returns:
-        Dictionary: `difference`, the largest between two probabilities, of images one by one and
-        together; and for `keras` and `exported` milliseconds for one image and images per second
-        in batches of 256, medians.
+        Float; NaN if a probability is.
     """
     images = np.asarray(images, "float32")
     reference = predict(model, images)
     alone = np.concatenate([run(image[None]) for image in images[:8]])
     differences = run(images) - reference, alone - reference[: len(alone)]
-    difference = np.max([np.abs(x).max() for x in differences])  # NaN if one is.
-    one, many = images[:1], np.resize(images, (THROUGHPUT_BATCH, *images.shape[1:]))
-    contestants = {"keras": model.predict_on_batch, "exported": run}
-    times = {name: ([], []) for name in contestants}
-    for turn in range(11):  # In turns, so that a drift of the machine meets both; one warms up.
-        for name, function in contestants.items():
-            for batch, seconds in zip((one, many), times[name]):
-                if batch is many and turn > 3:
-                    continue
-                start = time.perf_counter()
-                function(batch)
-                if turn:
-                    seconds.append(time.perf_counter() - start)
-    return {
-        "difference": float(difference),
-        **{
-            name: {
-                "milliseconds": 1000 * statistics.median(alone),
-                "images_per_second": THROUGHPUT_BATCH / statistics.median(together),
-            }
-            for name, (alone, together) in times.items()
-        },
-    }
+    return float(np.max([np.abs(x).max() for x in differences]))
 
 
 def _onnx(path):

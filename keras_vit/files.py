@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import os
-import pathlib
 import platform
 
 try:
@@ -17,12 +16,12 @@ PARTS = ".part-*"  # Files that are not complete yet.
 CHECKSUMS = "SHA256SUMS"
 
 
-class Busy(RuntimeError):
+class RunLocked(RuntimeError):
     """A folder belongs to another process."""
 
 
 @contextlib.contextmanager
-def whole(path):
+def atomic_write(path):
     """Lends a path beside `path`; what is written there takes its place once it is complete.
 
     Args:
@@ -54,14 +53,6 @@ def _flush_names(folder):
             os.close(descriptor)
 
 
-def is_folder(name):
-    """Whether a string or `Path` names a folder; what can be no name at all names none."""
-    try:
-        return str(name) != "" and pathlib.Path(name).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):
-        return False
-
-
 def visible(folder):
     """Sorted files in and below a folder, but for hidden ones and those in hidden folders."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -70,7 +61,7 @@ def visible(folder):
 
 def write_json(path, content):
     """Writes a dictionary as indented JSON."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         # Names of files are any bytes.
         part.write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -80,7 +71,7 @@ def write_checksums(folder, names):
     """Writes `SHA256SUMS`, which `sha256sum --check` reads, about those files that are there."""
     paths = [folder / name for name in sorted(names) if (folder / name).exists()]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
-    with whole(folder / CHECKSUMS) as path:
+    with atomic_write(folder / CHECKSUMS) as path:
         path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -94,7 +85,7 @@ def locked(folder):
         folder: `Path` of an existing folder.
 
     Raises:
-        Busy: if a process has it, which the message names.
+        RunLocked: if a process has it, which the message names.
     """
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         if fcntl:
@@ -102,7 +93,7 @@ def locked(folder):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise Busy(f"{folder} is in use by {file.read().strip()}") from None
+                raise RunLocked(f"{folder} is in use by {file.read().strip()}") from None
             except OSError:
                 pass  # A file system without locks.
         file.seek(0)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vit.arguments import share
+from keras_vit.validation import share
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -8,8 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_vit.arguments import positive_integer, shape_of_image, share_below_one
-from keras_vit.execution import can_scan, scanned_train_function
+from keras_vit.jax_multi_step import can_scan, scanned_train_function
 from keras_vit.layers import (
     ClassToken,
     Dropout,
@@ -23,6 +22,7 @@ from keras_vit.layers import (
     gelu,
 )
 from keras_vit.layers.mix import partners
+from keras_vit.validation import positive_integer, shape_of_image, share_below_one
 
 EPSILON = 1e-6
 

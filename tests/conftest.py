@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import commands, load_dataset
+from keras_vit import load_dataset
+from keras_vit_cli import main
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--batch-size=8"]
 CLASSES = {"$_$": 0, "accuracy": 1, "blå": 2}  # Names that pictures must show; their channels.
@@ -50,7 +51,7 @@ def place(tmp_path_factory):
         patch.chdir(root)
         words = [f"--dataset={root / 'images'}", "--output=run", "--no-horizontal-flip"]
         settings = ["--recipe=baseline", "--learning-rate=0.003", "--epochs=2"]
-        assert commands.main(["train", *TINY, *words, *settings]) == 0
+        assert main.main(["train", *TINY, *words, *settings]) == 0
     return root
 
 

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from keras_vit.files import Busy, locked, whole
+from keras_vit.files import RunLocked, atomic_write, locked
 
 
 def test_a_file_takes_its_place_once_it_is_complete(tmp_path):
     target = tmp_path / "numbers.json"
     target.write_text("before")
-    with whole(target) as path:
+    with atomic_write(target) as path:
         path.write_text("after")
         assert path.suffix == target.suffix
         assert target.read_text() == "before"
@@ -23,7 +23,7 @@ def test_a_file_takes_its_place_once_it_is_complete(tmp_path):
 def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     target = tmp_path / "numbers.json"
     target.write_text("before")
-    with pytest.raises(OSError, match="full"), whole(target) as path:
+    with pytest.raises(OSError, match="full"), atomic_write(target) as path:
         path.write_text("half of")
         raise OSError("disk full")
     assert target.read_text() == "before"
@@ -42,7 +42,7 @@ def test_a_folder_that_another_process_has_is_refused_until_that_ends(tmp_path):
         text=True,
     )
     assert owner.stdout.readline() == "mine\n"
-    with pytest.raises(Busy, match=f"in use by process {owner.pid} on "), locked(tmp_path):
+    with pytest.raises(RunLocked, match=f"in use by process {owner.pid} on "), locked(tmp_path):
         pass
     owner.kill()
     owner.wait()

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_vit.arguments import share
 from keras_vit.layers.pipelines import PipelineLayer
+from keras_vit.validation import share
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_vit.arguments import positive_integer
+from keras_vit.validation import positive_integer
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -5,8 +5,8 @@ import math
 
 import keras
 
-from keras_vit.arguments import positive_integer
 from keras_vit.layers.pipelines import PipelineLayer
+from keras_vit.validation import positive_integer
 
 ATTEMPTS = 10
 MASKS = "segmentation_masks"

@@ -1,0 +1,20 @@
+"""Where images come from, and the order in which training sees them."""
+
+from keras_vit.data.batches import Batches, DeviceBatches, InOrder
+from keras_vit.data.dataset import Dataset, DatasetError, DatasetUnavailable
+from keras_vit.data.images import ImageError, read_image
+from keras_vit.data.sources import is_folder, load_dataset, load_unseen
+
+__all__ = [
+    "Batches",
+    "Dataset",
+    "DatasetError",
+    "DatasetUnavailable",
+    "DeviceBatches",
+    "ImageError",
+    "InOrder",
+    "is_folder",
+    "load_dataset",
+    "load_unseen",
+    "read_image",
+]

@@ -1,0 +1,198 @@
+"""Labelled images for training and testing, and how they are split."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+
+import numpy as np
+
+from keras_vit.data.folders import TEST, TRAIN, VALIDATION, ImageFile
+
+# Sets whose classes a mirror changes: a mirrored 2 is no digit.
+NOT_MIRRORED = {
+    "binarized_mnist",
+    "binary_alpha_digits",
+    "cmaterdb",
+    "emnist",
+    "kmnist",
+    "mnist",
+    "mnist_corrupted",
+    "omniglot",
+    "svhn",
+    "svhn_cropped",
+}
+# Hexadecimal digits of an image's digest that a model carries.
+SHORT = 12
+# What an image of a manifest is for that `limit_train` leaves out.
+UNUSED = "unused"
+# Share of the images that becomes the test set where a source has none; the seed never changes.
+TEST_SHARE, TEST_SEED = 0.2, 0
+
+
+class DatasetError(RuntimeError):
+    """A data set is unknown, cannot be read or downloaded, or is not for image classification."""
+
+
+class DatasetUnavailable(DatasetError):
+    """A data set is not on disk, and the network or the disk keeps it from being downloaded."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Labelled images for training and testing, in memory, or mapped into it if they are large.
+
+    `limit_train` and `hold_out` copy what they keep into memory.
+
+    Attributes:
+        name: string, the source.
+        train_images, test_images: uint8 arrays `(N, H, W, C)`, 0 to 255.
+        train_labels, test_labels: int64 arrays `(N,)`, 0 to `len(class_names) - 1`.
+        class_names: list of strings.
+        horizontal_flip: bool, whether a mirrored image keeps its class.
+        validation: pair `(images, labels)` to validate on, if the source sets some apart.
+        manifest: tuple of `ImageFile`, what a folder's files are for, those of each split in the
+            order of its images; None of other sources.
+    """
+
+    name: str
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    class_names: list[str]
+    horizontal_flip: bool
+    validation: tuple[np.ndarray, np.ndarray] | None = None
+    manifest: tuple[ImageFile, ...] | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.train_images.shape[1:]
+
+    @property
+    def seen(self) -> tuple[str, ...]:
+        """Short digests of the images of a folder that are there to train or to validate on."""
+        files = self.manifest or ()
+        return tuple(x.digest[:SHORT] for x in files if x.split in (TRAIN, VALIDATION))
+
+    def without(self, seen: Collection[str]) -> "Dataset":
+        """The same data but for the test images of a folder whose short digest is among `seen`."""
+        if self.manifest is None:
+            return self
+        is_new = [x.digest[:SHORT] not in seen for x in self.manifest if x.split == TEST]
+        if all(is_new):
+            return self
+        images, labels = self.test_images[is_new], self.test_labels[is_new]
+        files = [x for x in self.manifest if x.split != TEST or x.digest[:SHORT] not in seen]
+        return dataclasses.replace(
+            self, test_images=images, test_labels=labels, manifest=tuple(files)
+        )
+
+    def for_training(
+        self, validation: int, limit_train: int | None, seed: int
+    ) -> tuple["Dataset", tuple[np.ndarray, np.ndarray] | None]:
+        """The data of a run, as `hold_out` and then `limit_train` leave it.
+
+        Args:
+            validation: int, how many training images to hold out; 0 for those that the source
+                sets apart.
+            limit_train: int, how many training images to keep at most; None for all.
+            seed: int.
+
+        Returns:
+            The data, and the pair `(images, labels)` to validate on, which may be None.
+        """
+        data, held_out = self, self.validation
+        if validation:
+            data, held_out = data.hold_out(validation, seed)
+        if limit_train:
+            data = data.limit_train(limit_train, seed)
+        return data, held_out
+
+    def limit_train(self, count: int, seed: int) -> "Dataset":
+        """The same data with at most `count` training images, each class in proportion."""
+        return self._split_train(
+            min(count, len(self.train_labels)), seed, f"limit_train={count}", UNUSED
+        )[0]
+
+    def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
+        """Sets `count` training images aside, drawn from each class in proportion.
+
+        Returns:
+            The data without them, and the pair `(images, labels)` held out.
+
+        Raises:
+            ValueError: if the data have images to validate on, or too few for either side.
+        """
+        if self.validation is not None:
+            raise ValueError(
+                f"{self.name} has a validation set of {len(self.validation[1])} images. Leave out "
+                "--validation, or move these images to those to train on. "
+                f"Received: validation={count}"
+            )
+        received = f"validation={count}"
+        count = len(self.train_labels) - count
+        kept, aside = self._split_train(count, seed, received, VALIDATION)
+        return kept, (self.train_images[aside], self.train_labels[aside])
+
+    def _split_train(self, count, seed, received, split):
+        total, classes = len(self.train_labels), len(self.class_names)
+        if count == total:
+            return self, np.empty(0, int)
+        if not classes <= count <= total - classes:
+            raise ValueError(
+                f"{self.name} has {total} training images of {classes} classes, and a split leaves "
+                f"{classes} or more on either side. Received: {received}"
+            )
+        kept, aside = stratified_split(self.train_labels, count, seed)
+        manifest = self.manifest
+        if manifest is not None:
+            manifest = list(manifest)
+            places = [place for place, file in enumerate(manifest) if file.split == TRAIN]
+            for place in (places[index] for index in aside):
+                manifest[place] = dataclasses.replace(manifest[place], split=split)
+            manifest = tuple(manifest)
+        images, labels = self.train_images[kept], self.train_labels[kept]
+        data = dataclasses.replace(
+            self, train_images=images, train_labels=labels, manifest=manifest
+        )
+        return data, aside
+
+
+def digest(dataset):
+    """A string that differs for different training images, labels or orders of them."""
+    if dataset.manifest is not None:
+        files = [(x.class_name, x.digest) for x in dataset.manifest if x.split == TRAIN]
+        content = json.dumps([dataset.image_shape, dataset.class_names, files])
+        return hashlib.sha256(content.encode()).hexdigest()
+    images, labels = dataset.train_images, dataset.train_labels
+    content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
+    for array in (images, labels):
+        content.update(np.ascontiguousarray(array).data)
+    return content.hexdigest()
+
+
+def stratified_split(labels, count, seed):
+    """Splits indices into `count` and the rest, each class in proportion, both in rising order."""
+    from sklearn.model_selection import train_test_split
+
+    first, second = train_test_split(
+        np.arange(len(labels)), train_size=count, stratify=labels, random_state=seed
+    )
+    return np.sort(first), np.sort(second)
+
+
+def split_off_test(name, images, labels, class_names, horizontal_flip):
+    """A `Dataset` out of images that nobody has split."""
+    count = len(labels) - round(len(labels) * TEST_SHARE)
+    try:
+        train, test = stratified_split(labels, count, TEST_SEED)
+    except ValueError as error:
+        raise DatasetError(f"{name} has too few images to set some aside for testing") from error
+    pairs = images[train], labels[train], images[test], labels[test]
+    return Dataset(name, *pairs, class_names, horizontal_flip)
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,168 @@
+"""From the name of a data set to its images."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from keras_vit.data.arrays import load_digits, load_npz
+from keras_vit.data.dataset import NOT_MIRRORED, SHORT, TEST_SHARE, Dataset, DatasetError
+from keras_vit.data.folders import (
+    COPY,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    check_trainable,
+    list_folder,
+    read_folder,
+    warn_of_split,
+)
+from keras_vit.data.images import ImageError
+from keras_vit.data.tfds import load_tfds
+
+# Sets that go by their name even where a folder is called the same.
+NAMED = ("cifar10", "cifar100", "digits")
+
+
+def load_dataset(
+    source: str = "cifar10",
+    data_dir: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Dataset:
+    """Loads labelled images for training and testing.
+
+    Args:
+        source: string, `"digits"` for the 1,797 scanned digits that
+            scikit-learn carries, enlarged from 8x8 to 32x32 RGB; a file
+            `*.npz` with Keras's arrays `x_train`, `y_train`, `x_test` and
+            `y_test`, and `class_names` if it has them; a folder with one
+            sub-folder of images per class, or with `train` and `test` above
+            them, and `val` if it has images to validate on; or the name of
+            any image classification set of TensorFlow Datasets, such as
+            `"cifar10"`, whose images of different sizes, or with a side of over
+            128 pixels, are resized to 64x64 (those of a folder to their
+            median side, from 32 to 64). A set without a labelled test or
+            validation split gives up a fifth of its images for one; in a
+            folder, the path of each file inside it decides.
+        data_dir: string, folder of prepared TensorFlow Datasets; by default
+            `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+        image_size: int or pair `(height, width)`, pixels that the images of
+            a folder are resized to.
+
+    Returns:
+        A `Dataset`.
+
+    Raises:
+        DatasetError: if the set is unknown, if it is neither on disk nor can
+            be downloaded, or if it is not for image classification.
+    """
+    if is_folder(source):
+        return _load_folder(pathlib.Path(source).expanduser(), image_size)
+    if image_size is not None:
+        raise DatasetError(f"an image size is for folders of images, and {source} is none")
+    if source == "digits":
+        return load_digits()
+    return load_npz(source) if source.endswith(".npz") else load_tfds(source, data_dir)
+
+
+def is_folder(source):
+    """Whether the source of a data set is a folder of images, not a set that goes by that name."""
+    return source not in NAMED and os.path.isdir(os.path.expanduser(source))
+
+
+def load_unseen(
+    folder: str,
+    image_size: tuple[int, int],
+    class_names: Sequence[str] | None,
+    seen: Collection[str],
+) -> tuple[Dataset, dict[str, int]]:
+    """Loads all images of a folder that a model has not seen, to test it on.
+
+    Args:
+        folder: string, a folder as `load_dataset` takes it, with some of the classes.
+        image_size: pair `(height, width)`, pixels that images are resized to.
+        class_names: names of the model's classes in their order; None for the sorted sub-folders.
+        seen: short digests of the images that the model was trained or validated on; if empty,
+            nobody knows them, and only what `load_dataset` tests on is taken.
+
+    Returns:
+        A `Dataset` whose test images they are, and whose training images as well; and how many
+        images were left out, by the reason.
+
+    Raises:
+        DatasetError: if there is none, or if one in a hundred files cannot be read.
+    """
+    path = pathlib.Path(folder).expanduser()
+    with _naming(path):
+        listed, names = list_folder(path, TEST_SHARE)
+        class_names = list(names if class_names is None else class_names)
+        others = ", ".join(name for name in names if name not in class_names)
+        if not set(names) & set(class_names):
+            raise DatasetError(
+                f"{folder} has images of {others}, expected some of {', '.join(class_names)}"
+            )
+        images, files = read_folder(path, listed, image_size)
+    reasons = {
+        "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
+        "that are copies of others": lambda x: x.split == COPY,
+        f"of classes that the model does not know ({others})": lambda x: (
+            x.class_name not in class_names
+        ),
+        "of the training split (the model does not record its training images)": lambda x: (
+            not seen and x.split != TEST
+        ),
+    }
+    why = [next((y for y, holds in reasons.items() if holds(x)), None) for x in files]
+    left_out = {reason: why.count(reason) for reason in reasons if reason in why}
+    if len(files) < len(listed):
+        left_out["that cannot be read"] = len(listed) - len(files)
+    kept = np.array([reason is None for reason in why])
+    if not kept.any():
+        found = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise DatasetError(f"{folder} has no image to test on, only {found}")
+    images = images if kept.all() else images[kept]
+    files = [dataclasses.replace(file, split=TEST) for file, taken in zip(files, kept) if taken]
+    labels = np.array([class_names.index(file.class_name) for file in files], "int64")
+    name, pair = path.resolve().name, (images, labels)
+    return Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files)), left_out
+
+
+def _load_folder(folder, image_size):
+    with _naming(folder):
+        files, names = list_folder(folder, TEST_SHARE)
+        check_trainable(folder, files, names)
+        images, files = read_folder(folder, files, image_size)
+        check_trainable(folder, files, names)
+    warn_of_split(files, names)
+    labels = np.array([names.index(file.class_name) for file in files], "int64")
+    splits = [file.split for file in files]
+
+    def part(split):
+        """Views, as the manifest has the images of a split side by side."""
+        start, count = splits.index(split), splits.count(split)
+        return images[start : start + count], labels[start : start + count]
+
+    name = folder.resolve().name
+    return Dataset(
+        name,
+        *part(TRAIN),
+        *part(TEST),
+        class_names=names,
+        horizontal_flip=name not in NOT_MIRRORED,
+        validation=part(VALIDATION) if VALIDATION in splits else None,
+        manifest=tuple(files),
+    )
+
+
+@contextlib.contextmanager
+def _naming(folder):
+    """Turns what is wrong with a folder into a `DatasetError`."""
+    try:
+        yield
+    except ImageError as error:
+        raise DatasetError(str(error)) from error
+    except OSError as error:
+        raise DatasetError(f"{folder} cannot be read: {error.strerror or error}") from error

@@ -1,0 +1,1 @@
+"""What a trained model is worth, and pictures and pages that show it."""

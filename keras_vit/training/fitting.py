@@ -1,0 +1,200 @@
+"""From a recipe to a trained model: building, compiling, fitting."""
+
+import keras
+import numpy as np
+
+from keras_vit.data.batches import InOrder, batches_of, fed
+from keras_vit.data.dataset import digest
+from keras_vit.devices import accelerators, on_jax_accelerator
+from keras_vit.layers import MixUpCutMix, TrivialAugment
+from keras_vit.losses import LabelSmoothingCrossentropy
+from keras_vit.model import VisionTransformer, default_augmentation
+from keras_vit.training.journal import Journal
+from keras_vit.training.optimizers import Muon
+from keras_vit.training.schedules import learning_rate, step_schedule
+
+# Training steps that JAX runs on a GPU without asking the host.
+STEPS_AT_ONCE = 32
+
+
+def build_model(dataset, recipe, dtype=None):
+    """An untrained model, adapted to the training images.
+
+    Args:
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+        dtype: dtype policy of the layers.
+
+    Returns:
+        A `VisionTransformer`.
+
+    Raises:
+        ValueError: if the recipe's sizes do not fit the images or each other.
+    """
+    model = VisionTransformer(
+        dataset.image_shape,
+        len(dataset.class_names),
+        patch_size=recipe.patch_size,
+        embed_dim=recipe.embed_dim,
+        mlp_dim=recipe.mlp_dim,
+        num_heads=recipe.num_heads,
+        depth=recipe.depth,
+        dropout=recipe.dropout,
+        stochastic_depth=recipe.stochastic_depth,
+        pooling=recipe.pooling,
+        class_names=dataset.class_names,
+        augmentation=augmentation(dataset, recipe),
+        dtype=dtype,
+    )
+    model.adapt(dataset.train_images)
+    model.seen = dataset.seen
+    return model
+
+
+def augmentation(dataset, recipe):
+    """The layers that vary the training images of a data set as a recipe wants it.
+
+    Args:
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+
+    Returns:
+        List of layers.
+    """
+    layers = []
+    if recipe.augmentation:
+        mirror = dataset.horizontal_flip and recipe.horizontal_flip
+        crop = {"scale": recipe.crop_scale, "ratio": recipe.crop_ratio}
+        layers += default_augmentation(dataset.image_shape, mirror, **crop)
+    if recipe.trivial_augment:
+        layers.append(TrivialAugment(dtype="float32", name="trivial_augment"))
+    if recipe.erasing:
+        share = (recipe.erasing, recipe.erasing)
+        layers.append(
+            keras.layers.RandomErasing(
+                share, fill_value=128, data_format="channels_last", dtype="float32", name="erasing"
+            )
+        )
+    if recipe.mixup or recipe.cutmix:
+        layers.append(MixUpCutMix(recipe.mixup, recipe.cutmix, dtype="float32", name="mix"))
+    return layers
+
+
+def fit(
+    model,
+    dataset,
+    recipe,
+    seed=0,
+    validation=None,
+    run_dir=None,
+    tensorboard=False,
+    save_every=None,
+):
+    """Compiles and trains a model by a recipe, from the newest checkpoint of a run on.
+
+    Args:
+        model: a `VisionTransformer`, adapted to the training images.
+        dataset: a `Dataset`.
+        recipe: a `Recipe`.
+        seed: int, decides the order of the images in each epoch.
+        validation: pair `(images, labels)` to measure after each epoch.
+        run_dir: `Path` of an existing folder for `history.csv`, `best.keras` (with `validation`),
+            checkpoints and TensorBoard's logs. What it holds of an earlier training is taken as
+            the start of this one.
+        tensorboard: bool, whether to write those logs.
+        save_every: int, least number of steps between checkpoints inside of an epoch; there is
+            always one at its end.
+
+    Returns:
+        Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
+        `seconds`, and `val_loss` and `val_accuracy` with `validation`. A cosine's rate is the one
+        after the epoch's last step.
+
+    Raises:
+        Interrupted: once the step, or the steps run at once, in which SIGINT or SIGTERM came are
+            done and saved.
+        Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
+        OtherData: if the run was begun with other training images or labels.
+    """
+    batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
+    compile_model(model, recipe, batches.num_batches)
+    data = digest(dataset) if run_dir else ""
+    journal = Journal(model, batches, run_dir, save_every, data, recipe.epochs)
+    callbacks = [
+        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
+        journal,
+    ]
+    if recipe.schedule == "milestones":
+        schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
+    if tensorboard and run_dir:
+        callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
+    if validation is not None:
+        images, labels = validation
+        validation = fed(InOrder(images, labels, recipe.batch_size))
+    settings = {
+        "shuffle": False,
+        "validation_data": validation,
+        "callbacks": callbacks,
+    }
+
+    def fit_until(epochs):
+        model.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
+
+    with journal.at_work():
+        # The rest of an interrupted epoch, which is shorter than the others.
+        if journal.skipped:
+            batches.start_epoch(journal.epoch + 1, journal.skipped)
+            fit_until(journal.epoch + 1)
+            batches.start_epoch(journal.epoch + 1)
+        fit_until(recipe.epochs)
+    measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
+    return {key: [row[key] for row in journal.rows] for key in measured}
+
+
+def optimizer(model, recipe, steps_per_epoch):
+    """The recipe's optimizer, which knows what weight decay spares.
+
+    Args:
+        model: a `VisionTransformer`.
+        recipe: a `Recipe`.
+        steps_per_epoch: int, batches of an epoch.
+
+    Returns:
+        A Keras optimizer.
+    """
+    rate = learning_rate(recipe, steps_per_epoch)
+    precision = model.get_layer("norm").compute_dtype
+    if recipe.optimizer == "muon":
+        # Halves overflow where bfloat16 does not.
+        iteration = "bfloat16" if precision == "bfloat16" else "float32"
+        chosen = Muon(rate, weight_decay=recipe.weight_decay, iteration_dtype=iteration)
+    else:
+        chosen = keras.optimizers.AdamW(rate, weight_decay=recipe.weight_decay)
+    if recipe.decay_kernels_only:
+        others = [v for v in model.trainable_variables if v.name != "kernel"]
+        chosen.exclude_from_weight_decay(var_list=others)
+    # Small gradients would vanish in float16.
+    return keras.optimizers.LossScaleOptimizer(chosen) if precision == "float16" else chosen
+
+
+def compile_model(model, recipe, steps_per_epoch=1):
+    """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    if recipe.label_smoothing:
+        loss = LabelSmoothingCrossentropy(recipe.label_smoothing)
+    # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
+    on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
+    model.compile(
+        optimizer=optimizer(model, recipe, steps_per_epoch),
+        loss=loss,
+        metrics=["accuracy"],
+        jit_compile=False if on_tensorflow_cpu else "auto",
+        steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,
+    )
+    # Left to the first step, which TensorFlow would trace twice for it, and no checkpoint could be
+    # restored before.
+    model.optimizer.build(model.trainable_variables)
+    logits = np.zeros((1, model.output_shape[-1]), "float32")
+    model.compute_metrics(None, np.zeros((1,), "int32"), logits)
+    model.reset_metrics()

@@ -1,0 +1,58 @@
+"""`explain`: where a model looks, as Attention Rollout."""
+
+import pathlib
+
+import numpy as np
+
+from keras_vit.reporting import figures, metrics
+from keras_vit.reporting.explorer import MOST_IMAGES
+from keras_vit_cli import backend
+from keras_vit_cli.errors import CommandError, explaining_failed_writes
+from keras_vit_cli.inputs import class_names, image_batches, load_model
+
+
+def run(options):
+    """Draws the attention rollout of images; returns 1 if some could not be read."""
+    if options.html:
+        backend.require("jinja2", "--html")
+    model = load_model(options.model)
+    names, failed, shown, taken = class_names(model), False, [], set()
+    with explaining_failed_writes(options.output):
+        options.output.mkdir(parents=True, exist_ok=True)
+        for paths, images, some_failed in image_batches(options.images, model):
+            failed |= some_failed
+            probabilities = metrics.predict(model, images) if paths else ()
+            for path, image, row in zip(paths, images, probabilities):
+                title = f"{names[row.argmax()]} {row.max():.0%}"
+                picture = _free_name(options.output, path, taken)
+                figures.draw_attention_rollout(model, image[None], [title], picture)
+                print(f"{path}: {title}, {picture}")
+                if len(shown) < MOST_IMAGES:
+                    shown.append((image, f"{pathlib.Path(path).name}: {title}"))
+        if options.html and shown:
+            _write_explorer(options, model, shown)
+    return int(failed)
+
+
+def _write_explorer(options, model, shown):
+    """Writes the attention explorer for pairs of image and title."""
+    from keras_vit.reporting.report import write_explorer  # Jinja2 is there.
+
+    images, titles = zip(*shown)
+    path = options.output / "explorer.html"
+    try:
+        count = write_explorer(
+            path, model, options.model.name, np.stack(images), titles, options.language
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    print(f"The first {count} of them to look into: {path}")
+
+
+def _free_name(folder, path, taken):
+    """A path for the picture of an image, which no other image of this call has."""
+    stem = f"{pathlib.Path(path).stem}-attention"
+    names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 2))))
+    name = next(name for name in names if name not in taken)
+    taken.add(name)
+    return folder / name

@@ -1,0 +1,125 @@
+"""Command lines: which command runs, with which options, and how it ends."""
+
+import importlib
+import io
+import pathlib
+import sys
+
+from keras_vit_cli import backend, settings
+from keras_vit_cli.backend import BACKENDS
+from keras_vit_cli.errors import CommandError
+from keras_vit_cli.settings import LANGUAGES, Parser
+
+
+def main(arguments=None):
+    """Runs `keras-vit`; returns its exit status: 0, 1 if something was left out, 2 if wrong.
+
+    Args:
+        arguments: list of strings; by default the process's own.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["train"]:
+        return train(arguments[1:], "keras-vit train", figures_dir=None)
+    return _ended(_run, arguments)
+
+
+def train(arguments=None, prog="train.py", figures_dir: str | None = "figures"):
+    """Runs `train.py`; returns its exit status.
+
+    Args:
+        arguments: list of strings; by default the process's own.
+        prog: string, what the user typed before them.
+        figures_dir: string, where pictures go if nobody says; None for the run directory.
+    """
+    return _ended(_train, arguments, prog, figures_dir)
+
+
+def _train(arguments, prog, figures_dir):
+    chosen = settings.parse(arguments, prog)
+    return _command("train", chosen.backend)(chosen, figures_dir)
+
+
+def _run(arguments):
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # Names of files are any bytes.
+    options = parse(arguments)
+    return _command(options.command, options.backend)(options)
+
+
+def _command(name, chosen):
+    """The function `run` of a command's module, which imports Keras: its backend is settled."""
+    backend.choose(chosen)
+    with backend.quiet():
+        return importlib.import_module(f"keras_vit_cli.{name}").run
+
+
+def _ended(function, *arguments):
+    """Calls a function; returns the exit status, whatever ends it."""
+    try:
+        return function(*arguments)
+    except CommandError as failure:
+        print("error:", " ".join(str(failure).split()), file=sys.stderr)
+        return failure.status
+    except BrokenPipeError:  # Nobody reads any more, as after `| head`.
+        sys.stdout = None
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+
+
+def parse(arguments):
+    """The options of a command line of `keras-vit`, and the name of its command."""
+    parser = Parser(
+        prog="keras-vit",
+        description="Trains Vision Transformers on small images and puts them to use.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=Parser
+    )
+    commands.add_parser("train", help="train a model; `keras-vit train --help` has the options")
+
+    def add(name, help):
+        return commands.add_parser(name, help=help, description=help)
+
+    evaluate = add("evaluate", "measure a model on images that it was not trained on")
+    predict = add("predict", "name the likeliest classes of images")
+    explain = add("explain", "draw where a model looks, as Attention Rollout")
+    export = add("export", "write a model for another runtime, and compare it there")
+    report = add("report", "write the report of a run again")
+
+    for command in (evaluate, predict, explain, export):
+        command.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
+    for command in (predict, explain):
+        command.add_argument(
+            "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
+        )
+    report.add_argument("run", metavar="RUN", type=pathlib.Path, help="run directory")
+    for command in (evaluate, predict, explain, report):
+        command.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
+    # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
+    export.set_defaults(backend="tensorflow")
+
+    evaluate.add_argument(
+        "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
+    )
+    export.add_argument("--dataset", metavar="NAME", help="test images to compare on, else noise")
+    for command in (evaluate, export, report):
+        command.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
+
+    output = {"metavar": "PATH", "type": pathlib.Path}
+    evaluate.add_argument("-o", "--output", **output, help="folder for metrics and pictures")
+    explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
+    export.add_argument("-o", "--output", **output, required=True, help="file or folder to write")
+
+    output_format = predict.add_mutually_exclusive_group()
+    output_format.add_argument("--json", action="store_true", help="one JSON object per image")
+    output_format.add_argument("--csv", action="store_true", help="one line per image and class")
+    explain.add_argument("--html", action="store_true", help="the attention explorer as well")
+    explain.add_argument("--language", choices=LANGUAGES, default="en", help="its language")
+    export.add_argument(
+        "--format", metavar="NAME", required=True, help="onnx, saved_model or litert"
+    )
+    report.add_argument("--language", choices=LANGUAGES, help="its language (default: the run's)")
+    return parser.parse_args(arguments)

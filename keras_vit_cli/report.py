@@ -1,0 +1,67 @@
+"""`report`: the report of a finished run, written again from its files and its model."""
+
+import json
+import pathlib
+import tempfile
+
+from keras_vit.reporting import figures, metrics
+from keras_vit.training import read_history, step_schedule
+from keras_vit_cli import backend
+from keras_vit_cli.errors import CommandError, explaining_failed_writes, warn
+from keras_vit_cli.inputs import load_model, load_suitable
+from keras_vit_cli.run_directory import RunDirectory
+from keras_vit_cli.settings import read_config, resolve
+
+
+def run(options):
+    """Writes the report of a finished run again; returns the exit status."""
+    backend.require("jinja2", "a report")
+    run_dir = RunDirectory(options.run)
+    settings = resolve(read_config(run_dir.config))
+    if not run_dir.metrics.exists():
+        raise CommandError(f"{run_dir} holds no finished run: metrics.json is missing")
+    model = load_model(run_dir.model)
+    data_dir = options.data_dir or settings.data_dir
+    with explaining_failed_writes(run_dir), tempfile.TemporaryDirectory() as folder:
+        try:
+            measured = json.loads(run_dir.metrics.read_text(encoding="utf-8"))
+            history = read_history(run_dir.path)
+            dataset = load_suitable(model, run_dir.model, settings.dataset, data_dir)
+            dataset, _ = dataset.without(model.seen).for_training(
+                settings.validation, settings.limit_train, settings.seed
+            )
+            probabilities = metrics.predict(model, dataset.test_images)
+            pictures = pathlib.Path(folder)
+            draw(model, dataset, settings.training, probabilities, history, pictures)
+            config, language = settings.to_json(), options.language or settings.language
+            write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language)
+        except (KeyError, ValueError) as error:
+            raise CommandError(f"{run_dir} holds no run to report on: {error}") from error
+        run_dir.write_checksums()
+    print(f"Report: {run_dir.report}")
+    return 0
+
+
+def draw(model, dataset, recipe, probabilities, history, folder):
+    """Draws the pictures of a run into a folder."""
+    falls = []
+    if recipe.schedule == "milestones":
+        _, falls = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+    try:
+        figures.draw_all(model, dataset, probabilities, folder, history, falls)
+    except OSError as error:
+        raise CommandError(
+            f"the pictures cannot be written to {folder}: {error.strerror}", 1
+        ) from error
+
+
+def write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language):
+    """Writes `report.html` of a run; without Jinja2 a warning takes its place."""
+    try:
+        from keras_vit.reporting.report import write_report
+    except ModuleNotFoundError as error:
+        warn(f"report.html was not written: {error}")
+        return
+    write_report(
+        run_dir.report, model, dataset, config, measured, probabilities, pictures, language
+    )

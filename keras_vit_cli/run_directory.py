@@ -1,0 +1,187 @@
+"""The folder of a run: what lies where, and whether a run may start or resume there."""
+
+import contextlib
+import json
+import math
+import pathlib
+import tempfile
+
+from keras_vit.data import is_folder
+from keras_vit.files import CHECKSUMS, PARTS, RunLocked, locked, write_checksums, write_json
+from keras_vit.loading import ModelError, check_archive
+from keras_vit.training import BEST_MODEL, CHECKPOINTS, HISTORY, TIMING
+from keras_vit_cli.errors import CommandError
+from keras_vit_cli.settings import current_names
+
+# Settings that may change when a run resumes.
+MAY_CHANGE = {
+    *("data_dir", "figures_dir", "language", "output"),
+    *("precision", "save_every", "tensorboard"),
+}
+
+
+class RunDirectory:
+    """A run directory, by its path.
+
+    Args:
+        path: string or `Path`; nothing is made there before `prepare`.
+    """
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.config = self.path / "config.json"
+        self.metrics = self.path / "metrics.json"
+        self.model = self.path / "model.keras"
+        self.report = self.path / "report.html"
+        self.figures = self.path / "figures"
+        self.best_model = self.path / BEST_MODEL
+        self.checkpoints = self.path / CHECKPOINTS
+        self._of_one_run = (
+            *(self.metrics, self.report, self.best_model),
+            *(self.path / HISTORY, self.path / TIMING),
+        )
+
+    def __str__(self):
+        return str(self.path)
+
+    @classmethod
+    def of(cls, settings):
+        """The run directory that settings name, or the default one."""
+        name = settings.dataset
+        if name.endswith(".npz"):
+            name = pathlib.Path(name).stem
+        elif is_folder(name):
+            name = pathlib.Path(name).expanduser().resolve().name
+        name = name.replace("/", "_").replace(":", "_")
+        default = f"runs/{name}-{settings.recipe}-seed{settings.seed}"
+        return cls(settings.output or default)
+
+    @property
+    def has_checkpoint(self):
+        return any(self.checkpoints.glob("*.checkpoint"))
+
+    @property
+    def is_finished(self):
+        return self.metrics.exists() and not self.has_checkpoint
+
+    def check(self, overwrite):
+        """Raises a `CommandError` if nothing can be written, or a finished run would be lost."""
+        check_writable(self.path, "--output")
+        if self.is_finished and not overwrite:
+            raise CommandError(
+                f"{self} holds a finished run: choose another folder with --output, "
+                "or allow this one to be replaced with --overwrite"
+            )
+
+    @contextlib.contextmanager
+    def prepared(self, settings, backend):
+        """Makes the folder, locks it, and leaves in it what the run starts or resumes from.
+
+        Args:
+            settings: `Settings` of the run.
+            backend: string, what Keras computes with.
+
+        Raises:
+            CommandError: if the folder holds another run, or another process works there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            # Another process may have finished there since.
+            self.check(settings.overwrite)
+            config = json.loads(json.dumps({**settings.to_json(), "backend": backend}))
+            before = {} if settings.overwrite else self._settings()
+            if not settings.overwrite and "recipe" not in before:
+                self._refuse_unknown_files()
+            for folder in (self.path, self.checkpoints):
+                for part in folder.glob(PARTS):  # What a killed process was writing.
+                    part.unlink()
+            if not settings.overwrite and self.has_checkpoint:
+                self._refuse_changes(current_names(before), config)
+                self._refuse_damaged_best_model()
+                print(f"Resuming the run in {self}.")
+            else:
+                # What an earlier run saved as its model stays until this one has a model of its
+                # own.
+                for path in (*self._of_one_run, self.path / CHECKSUMS):
+                    path.unlink(missing_ok=True)
+                self.remove_checkpoints()
+            write_json(self.config, config)
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.path))
+            except RunLocked as error:
+                raise CommandError(str(error)) from error
+            yield
+
+    def remove_checkpoints(self):
+        """Removes the checkpoints, and their folder unless other files lie there."""
+        for path in self.checkpoints.glob("*.checkpoint"):
+            path.unlink()
+        with contextlib.suppress(OSError):
+            self.checkpoints.rmdir()
+
+    def write_checksums(self):
+        write_checksums(self.path, [path.name for path in self._files()])
+
+    def _files(self):
+        return (*self._of_one_run, self.model, self.config)
+
+    def _settings(self):
+        """What `config.json` holds; empty where there is none."""
+        if not self.config.exists():
+            return {}
+        try:
+            before = json.loads(self.config.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise CommandError(
+                f"{self.config} is damaged: start over in its folder with --overwrite"
+            )
+        return before
+
+    def _refuse_unknown_files(self):
+        others = (*self._files(), self.path / CHECKSUMS, self.checkpoints)
+        if found := [path.name for path in others if path.exists()]:
+            raise CommandError(
+                f"{self} holds {', '.join(found)}, but not the settings of a run: choose "
+                "another folder with --output, or allow these to be replaced with --overwrite"
+            )
+
+    def _refuse_changes(self, before, now):
+        changes = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in {**before, **now}
+            if name not in MAY_CHANGE and before.get(name) != now.get(name)
+        ]
+        if changes:
+            raise CommandError(
+                f"{self} holds an interrupted run with other settings in {self.config.name}: "
+                f"{'; '.join(changes)}. Choose another folder with --output, or start over in this "
+                "one with --overwrite"
+            )
+
+    def _refuse_damaged_best_model(self):
+        try:
+            if self.best_model.exists():
+                check_archive(self.best_model, math.inf)
+        except ModelError as error:
+            raise CommandError(
+                f"{error}. Remove it to resume without the best model so far, or start over with "
+                "--overwrite"
+            ) from error
+
+
+def check_writable(folder, flag):
+    """Raises a `CommandError` unless a folder can be made and written to; nothing is made yet."""
+    folder = pathlib.Path(folder)
+    try:
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as error:
+        raise CommandError(f"{flag} {folder} cannot be written to: {error.strerror}") from error

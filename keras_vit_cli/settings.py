@@ -1,0 +1,296 @@
+"""The settings of a run: each with its default, its limits and its help, resolved once."""
+
+import argparse
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import textwrap
+import typing
+
+from keras_vit_cli.backend import BACKENDS
+from keras_vit_cli.errors import CommandError
+from keras_vit_cli.recipes import (
+    DEFAULT_RECIPE,
+    DEFAULT_RECIPES,
+    RECIPE_OPTIONS,
+    RECIPES,
+    Recipe,
+    option,
+)
+
+LANGUAGES = ("en", "pl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of a run: its own, and its recipe.
+
+    Attributes:
+        training: `Recipe`, the recipe named with the values that the user changed.
+        named: dictionary, the settings that the user named.
+    """
+
+    dataset: str = option(
+        "cifar10",
+        "name of a data set of TensorFlow Datasets, 'digits', a folder with one sub-folder of "
+        "images per class, or an .npz file of arrays",
+    )
+    data_dir: str | None = option(
+        None, "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else its own)"
+    )
+    image_size: int | None = option(
+        None, "side that images of a folder are resized to (default: what suits them)", low=1
+    )
+    limit_train: int | None = option(None, "train on at most so many images", low=1)
+    validation: int = option(0, "training images held out to validate on after each epoch", low=0)
+    recipe: str | None = option(
+        None,
+        "settings to start from (default: baseline; digits has its own)",
+        choices=tuple(RECIPES),
+    )
+    seed: int = option(
+        0, "decides weights, augmentation and the order of images", low=0, below=2**32
+    )
+    backend: str | None = option(
+        None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
+    )
+    precision: str = option(
+        "float32",
+        "what most layers compute in; weights, loss and logits stay in float32",
+        choices=("float32", "bfloat16", "float16"),
+    )
+    output: str | None = option(None, "run directory (default: runs/<dataset>-<recipe>-seed<seed>)")
+    figures_dir: str | None = option(
+        None, "folder of the pictures (default: figures; of keras-vit, inside the run directory)"
+    )
+    language: str = option("en", "language of the report", choices=LANGUAGES)
+    overwrite: bool = option(False, "start over in a folder that holds a run")
+    save_every: int | None = option(
+        None, "steps between checkpoints, beside the one after each epoch", low=1
+    )
+    tensorboard: bool = option(False, "write TensorBoard's logs into the run directory")
+    training: Recipe = RECIPES[DEFAULT_RECIPE]
+    named: dict = dataclasses.field(default_factory=dict, compare=False)
+
+    def to_json(self):
+        """The settings by name, as `config.json` holds them."""
+        names = [field.name for field in RUN_OPTIONS if field.name != "overwrite"]
+        run = {name: getattr(self, name) for name in names}
+        return {**run, **{x.name: getattr(self.training, x.name) for x in RECIPE_OPTIONS}}
+
+
+RUN_OPTIONS = tuple(x for x in dataclasses.fields(Settings) if "help" in x.metadata)
+OPTIONS = {field.name: field for field in (*RUN_OPTIONS, *RECIPE_OPTIONS)}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises what is wrong with a command line as a `CommandError`."""
+
+    def error(self, message):
+        raise CommandError(message)
+
+
+def parse(arguments=None, prog="train.py"):
+    """The settings that the command line names and, with `--config`, a file.
+
+    Args:
+        arguments: list of strings; by default the process's own.
+        prog: string, what the user typed before them.
+
+    Returns:
+        `Settings`.
+
+    Raises:
+        CommandError: if a value is not allowed, or values do not go together.
+    """
+    parser = Parser(
+        prog=prog,
+        description="Trains a Vision Transformer on small images and shows what it learned.",
+        epilog="recipes:\n" + "\n".join(_described(name) for name in RECIPES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="repeat the run whose config.json this is")
+    for flag, precision in (("mixed-precision", "bfloat16"), ("no-mixed-precision", "float32")):
+        parser.add_argument(
+            f"--{flag}",
+            action="store_const",
+            const=precision,
+            dest="precision",
+            help=f"the same as --precision {precision}",
+        )
+    for title, fields in (("run", RUN_OPTIONS), ("recipe", RECIPE_OPTIONS)):
+        group = parser.add_argument_group(title)
+        for field in fields:
+            _add_option(group, field)
+
+    named = vars(parser.parse_args(arguments))
+    named = {name: tuple(x) if isinstance(x, list) else x for name, x in named.items()}
+    if named.get("config") == "":
+        raise CommandError("--config must not be empty")
+    if "config" in named:
+        from_file = read_config(named.pop("config"))
+        if "recipe" in named:  # The settings of the file's own recipe give way to it.
+            from_file = {x.name: from_file[x.name] for x in RUN_OPTIONS if x.name in from_file}
+        if named.get("schedule", "cosine") != "cosine":
+            from_file.pop("warmup", None)
+        named = {**from_file, **named}
+    return resolve(named)
+
+
+def resolve(named):
+    """All settings out of those that somebody named.
+
+    Args:
+        named: dictionary of values by the names of `OPTIONS`.
+
+    Returns:
+        `Settings`.
+
+    Raises:
+        CommandError: if a value is not allowed, or values do not go together.
+    """
+    for name, value in named.items():
+        _check(OPTIONS[name], value)
+    default = DEFAULT_RECIPES.get(named.get("dataset", Settings.dataset), DEFAULT_RECIPE)
+    recipe = named.get("recipe") or default
+    changed = {x.name: named[x.name] for x in RECIPE_OPTIONS if x.name in named}
+    training = dataclasses.replace(RECIPES[recipe], **changed)
+    if training.schedule != "cosine" and "warmup" not in named:
+        training = dataclasses.replace(training, warmup=0.0)
+    _check_together(recipe, training)
+    run = {x.name: named[x.name] for x in RUN_OPTIONS if x.name in named}
+    return Settings(**{**run, "recipe": recipe}, training=training, named=dict(named))
+
+
+def read_config(path):
+    """Settings out of a `config.json`, each of a known name and the right type."""
+    try:
+        settings = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CommandError(f"--config {path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CommandError(f"--config {path} is not JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CommandError(f"--config {path} must hold an object, but holds {settings!r:.40}")
+    settings = current_names(settings)
+    for name, value in settings.items():
+        if name not in OPTIONS:
+            raise CommandError(f"--config {path} has an unknown setting {name!r}")
+        field, kind = OPTIONS[name], _kind(OPTIONS[name])
+        if kind is tuple and isinstance(value, list):
+            numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+            settings[name] = tuple(value) if numbers else value
+        elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+            settings[name] = float(value) if abs(value) < sys.float_info.max else math.inf
+        if type(settings[name]) is not kind and not (value is None and field.default is None):
+            raise CommandError(
+                f"--config {path} has {name} = {value!r:.40}, expected a value of type "
+                f"{kind.__name__}"
+            )
+    return settings
+
+
+def current_names(settings):
+    """Settings of a file, perhaps of an earlier version, under the names that they have now."""
+    settings = dict(settings)
+    if {"epochs", "learning_rate", "depth"} <= set(settings) and "optimizer" not in settings:
+        # A run's own file, which lists every setting: what has become one since was the baseline's.
+        for field in RECIPE_OPTIONS:
+            settings.setdefault(field.name, _plain(field.default))
+    if "mixed_precision" in settings:
+        mixed = settings.pop("mixed_precision")
+        settings["precision"] = "bfloat16" if mixed else "float32"
+    return settings
+
+
+def _plain(value):
+    """A value as it comes back from a file."""
+    return json.loads(json.dumps(value))
+
+
+def _described(name):
+    """A recipe in the lines that `--help` shows of it."""
+    text = f"{name}: {RECIPES[name].description} {RECIPES[name].result}"
+    return textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="    ")
+
+
+def _add_option(group, field):
+    """Adds a dataclass field to the command line."""
+    kind = _kind(field)
+    default = field.default
+    note = ""
+    if default is not None and kind is not bool:
+        shown = " ".join(f"{x:g}" for x in default) if kind is tuple else default
+        note = f" (default: {shown})"
+    options = {"help": field.metadata["help"] + note}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is tuple:
+        options |= {"type": float, "nargs": "+", "metavar": "X"}
+    else:
+        choices = field.metadata["choices"]
+        options |= {"type": kind, "choices": choices}
+        if choices is None:
+            options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+    group.add_argument(_flag(field.name), **options)
+
+
+def _flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def _kind(field) -> type:
+    """The type of a field's values, without the `Optional`."""
+    return next((x for x in typing.get_args(field.type) if x is not type(None)), field.type)
+
+
+def _check(field, value):
+    """Refuses a value that a field does not allow."""
+    if value is None:
+        return
+    limits, flag = field.metadata, _flag(field.name)
+    if value == "":
+        raise CommandError(f"{flag} must not be empty")
+    if isinstance(value, str) and "\0" in value:
+        raise CommandError(f"{flag} must hold no null byte, but is {value!r}")
+    for number in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise CommandError(f"{flag} must be a finite number, but is {number}")
+        if limits["low"] is not None and not number >= limits["low"]:
+            raise CommandError(f"{flag} must be at least {limits['low']}, but is {number}")
+        if limits["high"] is not None and not number <= limits["high"]:
+            raise CommandError(f"{flag} must be at most {limits['high']}, but is {number}")
+        if limits["above"] is not None and not number > limits["above"]:
+            raise CommandError(f"{flag} must be over {limits['above']}, but is {number}")
+        if limits["below"] is not None and not number < limits["below"]:
+            raise CommandError(f"{flag} must be below {limits['below']}, but is {number}")
+        if limits["choices"] and number not in limits["choices"]:
+            raise CommandError(
+                f"{flag} must be one of {', '.join(limits['choices'])}, not {number}"
+            )
+
+
+def _check_together(name, recipe):
+    """Refuses values of a recipe that are wrong only beside each other."""
+    if recipe.embed_dim % recipe.num_heads:
+        raise CommandError(
+            f"--embed-dim must be a multiple of --num-heads {recipe.num_heads}, but is "
+            f"{recipe.embed_dim} (recipe {name})"
+        )
+    for field in ("crop_scale", "crop_ratio"):
+        pair = getattr(recipe, field)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            shown = " ".join(f"{x:g}" for x in pair)
+            raise CommandError(
+                f"{_flag(field)} must be two numbers, the smaller one first, but is {shown}"
+            )
+    if recipe.warmup and recipe.schedule != "cosine":
+        raise CommandError(f"--warmup {recipe.warmup} needs --schedule cosine")
+    if recipe.mixup + recipe.cutmix > 1:
+        raise CommandError(
+            f"--mixup {recipe.mixup} and --cutmix {recipe.cutmix} must be 1 at most together"
+        )

@@ -1,0 +1,346 @@
+"""The command `keras-vit`: a folder of images trained on, and the model put to use."""
+
+import csv
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import CLASSES, coloured
+from PIL import Image
+
+from keras_vit import RandomResizedCrop, VisionTransformer, data, load_model
+from keras_vit.data import folders
+from keras_vit.data.dataset import SHORT
+from keras_vit.reporting import figures
+from keras_vit_cli import main
+
+
+@pytest.fixture(autouse=True)
+def keep_the_backend(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+
+
+@pytest.fixture(scope="module")
+def model(place):
+    return load_model(place / "run" / "model.keras")
+
+
+def run(*words):
+    return main.main([str(word) for word in words])
+
+
+def test_a_folder_is_trained_on_and_its_names_travel_with_the_model(place, model):
+    assert model.class_names == tuple(CLASSES)
+    assert model.input_shape == (None, 20, 24, 3)  # Those of one size keep it.
+    assert [type(layer).__name__ for layer in model.augmentation] == ["RandomResizedCrop"]
+    metrics = json.loads((place / "run" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["dataset"] == "images"
+    assert set(metrics["per_class"]) == set(CLASSES)
+
+
+def test_pictures_of_a_run_stay_in_its_folder(place):
+    assert len(list((place / "run" / "figures").glob("*.png"))) == 7
+    assert {path.name for path in place.iterdir()} == {"cache", "images", "run"}
+
+
+def expected(model, path):
+    logits = model.predict(np.asarray(Image.open(path))[None], verbose=0)[0].astype("float64")
+    return dict(zip(model.class_names, np.exp(logits) / np.exp(logits).sum()))
+
+
+def test_predictions_are_the_models(place, model, capsys):
+    paths = [place / "images" / "accuracy" / "3.png", place / "images" / "blå" / "4.png"]
+    assert run("predict", place / "run" / "model.keras", *paths, "--json") == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == [str(path) for path in paths]
+    for row, path in zip(rows, paths):
+        found = {pair["class"]: pair["probability"] for pair in row["predictions"]}
+        assert found == pytest.approx(expected(model, path), abs=1e-5)
+        assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_predictions_come_as_lines_and_as_a_table(place, model, capsys):
+    path = place / "images" / "accuracy" / "3.png"
+    assert run("predict", place / "run" / "model.keras", path) == 0
+    line = capsys.readouterr().out
+    best, share = max(expected(model, path).items(), key=lambda pair: pair[1])
+    assert line.startswith(f"{path}: {best} {share:.1%}, ")
+    folder = place / "images" / "accuracy"
+    assert run("predict", place / "run" / "model.keras", folder, "--csv") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 25 * 3
+    assert list(rows[0]) == ["image", "rank", "class", "probability"]
+    assert {row["rank"] for row in rows} == {"1", "2", "3"}
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkeypatch, tmp_path):
+    broken, right = tmp_path / "broken.png", place / "images" / "accuracy" / "3.png"
+    broken.write_bytes(b"no image")
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO(f"{broken}\n\n{tmp_path / 'gone.png'}\n{right}\n")
+    )
+    assert run("predict", place / "run" / "model.keras", "-") == 1
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"{right}: ") and captured.out.count("\n") == 1
+    broken_line, gone_line = captured.err.splitlines()
+    assert (
+        broken_line == f"error: {broken} cannot be read: cannot identify image file {str(broken)!r}"
+    )
+    assert gone_line.startswith(f"error: {tmp_path / 'gone.png'} cannot be read: ")
+
+
+def test_hidden_files_are_not_looked_at(place, capsys, tmp_path):
+    for name in (".git", "seen"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.txt").write_text("no image")
+    assert run("predict", place / "run" / "model.keras", tmp_path) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_model_without_names_is_measured_and_numbers_its_classes(
+    place, model, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    nameless = VisionTransformer.from_config({**model.get_config(), "class_names": None})
+    nameless.save(tmp_path / "model.keras")
+    assert run("evaluate", tmp_path / "model.keras", "--dataset", place / "images") == 0
+    assert run("predict", tmp_path / "model.keras", place / "images" / "accuracy" / "3.png") == 0
+    assert re.search(r"3.png: [012] [\d.]+%, [012] ", capsys.readouterr().out)
+
+
+def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    words = ["--dataset", place / "images", "-o", tmp_path / "out"]
+    assert run("evaluate", place / "run" / "model.keras", *words) == 0
+    found = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    metrics = json.loads((place / "run" / "metrics.json").read_text(encoding="utf-8"))
+    for name in ("accuracy", "loss", "calibration_error", "per_class", "parameters"):
+        assert found[name] == metrics[name]
+    assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+
+
+def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
+    place, model, capsys, monkeypatch, tmp_path
+):
+    """Ten new photos, a class that it does not know, a file by another name, one that is gone."""
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = {x.path: x.split for x in folders.list_folder(place / "images")[0]}
+    grown = shutil.copytree(place / "images", tmp_path / "grown")
+    for index in range(100, 110):
+        coloured(0, index).save(grown / "$_$" / f"{index}.png")
+    trained = [path for path in before if before[path] == "train"]
+    tested = [path for path in before if before[path] == "test"]
+    (grown / "dog").mkdir()
+    coloured(1, 200).save(grown / "dog" / "0.png")
+    (grown / trained[0]).rename(grown / "blå" / "another name.png")
+    (grown / tested[0]).unlink()
+    words = ["--dataset", grown, "-o", tmp_path / "out"]
+    assert run("evaluate", place / "run" / "model.keras", *words) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["left_out"] == {
+        "that the model was trained or validated on": len(trained),
+        "of classes that the model does not know (dog)": 1,
+    }
+    count = len(tested) - 1 + 10
+    assert sum(row["images"] for row in metrics["per_class"].values()) == count
+    out = capsys.readouterr().out
+    assert f"Measured on {count} of 85 images in {grown}, without {len(trained)} that the" in out
+    images = [np.asarray(Image.open(grown / path)) for path in tested[1:]]
+    images += [np.asarray(coloured(0, index)) for index in range(100, 110)]
+    classes = [path.split("/")[0] for path in tested[1:]] + ["$_$"] * 10
+    predicted = model.predict(np.stack(images), verbose=0).argmax(axis=1)
+    right = [model.class_names[i] == name for i, name in zip(predicted, classes)]
+    assert metrics["accuracy"] == pytest.approx(np.mean(right))
+
+
+def test_some_classes_or_none_and_a_model_that_does_not_tell_what_it_saw(
+    place, model, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "new" / "blå").mkdir(parents=True)
+    coloured(2, 100).save(tmp_path / "new" / "blå" / "0.png")
+    size, names = (20, 24), model.class_names
+    dataset, left_out = data.load_unseen(str(tmp_path / "new"), size, names, model.seen)
+    assert dataset.test_labels.tolist() == [2] and left_out == {}
+    np.testing.assert_array_equal(dataset.test_images[0], coloured(2, 100))
+    files, _ = folders.list_folder(place / "images")
+    tested = [file for file in files if file.split == "test"]
+    dataset, left_out = data.load_unseen(str(place / "images"), size, names, ())
+    assert [file.path for file in dataset.manifest] == [file.path for file in tested]
+    assert list(left_out.values()) == [75 - len(tested)]
+    seen = {file.digest[:SHORT] for file in files}
+    with pytest.raises(data.DatasetError, match="only 75 that the model was trained or validated"):
+        data.load_unseen(str(place / "images"), size, names, seen)
+
+
+def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
+    images = [place / "images" / name / "3.png" for name in ("accuracy", "blå")]
+    words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html"]
+    assert run("explain", place / "run" / "model.keras", *words) == 1
+    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
+    captured = capsys.readouterr()
+    assert "gone.png cannot be read" in captured.err
+    best, share = max(expected(model, images[0]).items(), key=lambda pair: pair[1])
+    assert (
+        f"{images[0]}: {best} {share:.0%}, {tmp_path / 'out' / '3-attention.png'}" in captured.out
+    )
+    assert "3.png: accuracy" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("format", "package", "name"),
+    [
+        ("onnx", "tf2onnx", "model.onnx"),
+        ("saved_model", "tensorflow", "model"),
+        ("litert", "ai_edge_litert", "model.tflite"),
+    ],
+)
+def test_exports_answer_in_their_runtimes_as_keras_does(
+    place, capsys, tmp_path, format, package, name
+):
+    """Batches of 1, 8 and 256 are compared, on images that need no preprocessing by hand."""
+    pytest.importorskip(package)
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+    words = ["--format", format, "-o", tmp_path / "new" / name]
+    assert run("export", place / "run" / "model.keras", *words) == 0
+    out = capsys.readouterr().out
+    assert (tmp_path / "new" / name).exists()
+    difference = float(re.search(r"on 256 images of noise: (\S+)", out)[1])
+    assert difference < 1e-5
+
+
+def test_what_is_exported_takes_pixels_and_gives_probabilities(model):
+    from keras_vit.export import served
+
+    images = np.random.default_rng(1).integers(0, 256, (5, 20, 24, 3))
+    logits = model.predict(images, verbose=0).astype("float64")
+    expected = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    exported = served(model)
+    np.testing.assert_allclose(exported.predict(images, verbose=0), expected, atol=1e-5)
+    names = {type(layer).__name__ for layer in exported._flatten_layers()}
+    assert not names & {"RandomFlip", "RandomResizedCrop"}
+
+
+def test_layers_that_change_images_in_inference_are_exported_and_no_others():
+    from keras_vit.export import served
+
+    layers = [
+        keras.layers.RandomFlip("horizontal"),
+        keras.layers.Rescaling(1 / 255),
+        keras.layers.RandomContrast(0.5),
+        RandomResizedCrop(4, 8),
+        keras.layers.Lambda(lambda x: x * x),
+    ]
+    sizes = {"embed_dim": 8, "mlp_dim": 8, "num_heads": 2, "depth": 1}
+    model = VisionTransformer((16, 16, 3), augmentation=layers, **sizes)
+    images = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3))
+    model.adapt(images)
+    exported = served(model)
+    expected = keras.ops.softmax(model.predict(images, verbose=0))
+    np.testing.assert_allclose(
+        exported.predict(images, verbose=0), keras.ops.convert_to_numpy(expected), atol=1e-6
+    )
+    kinds = [type(layer).__name__ for layer in exported.layers[1:5]]
+    assert kinds == ["Rescaling", "RandomResizedCrop", "Lambda", "Normalization"]
+
+
+def test_a_frozen_model_is_exported_as_well(model):
+    from keras_vit.export import served
+
+    model = VisionTransformer.from_config(model.get_config())
+    model.trainable = False
+    images = np.zeros((1, 20, 24, 3))
+    assert served(model).predict(images, verbose=0).sum() == pytest.approx(1)
+
+
+def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monkeypatch, tmp_path):
+    from keras_vit.reporting import metrics
+    from keras_vit_cli import export
+
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+
+    def wrong(images):
+        return metrics.predict(model, images) + 0.002
+
+    monkeypatch.setattr(export, "write", lambda *_: None)
+    monkeypatch.setattr(export, "runner", lambda *_: wrong)
+    words = ["--format", "saved_model", "-o", tmp_path / "model"]
+    assert run("export", place / "run" / "model.keras", *words) == 1
+    assert "differs from Keras by more than 0.001" in capsys.readouterr().err
+
+
+WRONG = {
+    "": "the following arguments are required: COMMAND",
+    "fly": "invalid choice: 'fly'",
+    "predict": "required: MODEL, IMAGE",
+    "predict missing.keras x.png": "missing.keras cannot be read: No such file or directory",
+    "predict model.h5 x.png": "model.h5 does not end in .keras",
+    "predict {model} x.png --json --csv": "not allowed with argument",
+    "export {model} --format onnx -o model": "--format onnx must end in .onnx",
+    "export {model} --format torch -o x": "--format must be one of onnx, saved_model, litert, not",
+    "predict {deep} x.png": "takes images of 4 channels, not grey or RGB",
+    "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
+    "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
+    "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
+    "evaluate {model} --dataset {images} -o {run}": "holds a run, whose metrics would be lost",
+    "explain {model} x.png": "required: -o/--output",
+    "evaluate {model} --dataset digits": "takes images of (20, 24, 3), digits has (32, 32, 3)",
+    "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
+    "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
+    "train --dataset {images} --image-size 15": "patch_size=4, height=15, width=15",
+    "train --dataset {empty}": "has no images in sub-folders",
+    "train --dataset digits --image-size 16": "is for folders of images",
+}
+
+
+@pytest.fixture(scope="module")
+def places(place, tmp_path_factory):
+    """What `WRONG` names in braces."""
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty").mkdir()
+    for name in ("a", "b"):
+        (root / "others" / name).mkdir(parents=True)
+        for index in range(5):
+            image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
+            image.save(root / "others" / name / f"{index}.png")
+    keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(root / "net.keras")
+    VisionTransformer((8, 8, 4), depth=1, embed_dim=8, num_heads=1).save(root / "deep.keras")
+    return {
+        **{"empty": root / "empty", "others": root / "others"},
+        **{"net": root / "net.keras", "deep": root / "deep.keras"},
+        **{"run": place / "run", "model": place / "run" / "model.keras"},
+        "images": place / "images",
+    }
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_wrong_is_said_in_one_line(words, place, places, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.chdir(tmp_path)
+    assert run(*words.format(**places).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert WRONG[words] in captured.err
+
+
+def test_help_answers_without_importing_keras():
+    for words in (["--help"], ["predict", "--help"], ["train", "--help"]):
+        timed = subprocess.run(
+            [sys.executable, "-X", "importtime", "-m", "keras_vit_cli", *words],
+            capture_output=True,
+            text=True,
+        )
+        assert timed.returncode == 0
+        assert "usage: keras-vit" in timed.stdout
+        assert " keras\n" not in timed.stderr and " numpy\n" not in timed.stderr

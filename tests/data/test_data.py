@@ -1,0 +1,385 @@
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import cifar10_on_disk
+from sklearn.datasets import load_digits
+
+from keras_vit import load_dataset
+from keras_vit.data import (
+    Batches,
+    Dataset,
+    DatasetError,
+    DatasetUnavailable,
+    DeviceBatches,
+)
+from keras_vit.data.tfds import RESIZED_SIDE
+
+on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset("digits")
+
+
+def numbered(count=100, classes=4):
+    """A data set whose images carry their index, so that an order can be read off."""
+    indices = np.arange(count)
+    images = np.broadcast_to(indices[:, None, None, None], (count, 4, 4, 3)).astype("uint8")
+    names = [f"class {number}" for number in range(classes)]
+    return Dataset("numbered", images, indices % classes, images[:8], indices[:8] % 4, names, True)
+
+
+def read_order(batches):
+    return np.concatenate([batches[i][0][:, 0, 0, 0] for i in range(batches.num_batches)])
+
+
+def test_digits_come_as_rgb_images_of_32_pixels(digits):
+    assert digits.train_images.shape == (1438, 32, 32, 3)
+    assert digits.test_images.shape == (359, 32, 32, 3)
+    assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
+    assert digits.image_shape == (32, 32, 3)
+    assert digits.class_names == list("0123456789")
+    assert not digits.horizontal_flip
+
+
+def test_digits_are_the_scans_of_scikit_learn(digits):
+    scans = load_digits()
+    images = np.concatenate([digits.train_images, digits.test_images])
+    labels = np.concatenate([digits.train_labels, digits.test_labels])
+    shrunk = images[..., 0].reshape(-1, 8, 4, 8, 4).mean(axis=(2, 4)).reshape(-1, 64)
+    originals = scans.images.reshape(-1, 64) * 255 / 16
+    distances = ((shrunk[:200, None] - originals[None]) ** 2).mean(axis=2)
+    assert np.array_equal(scans.target[distances.argmin(axis=1)], labels[:200])
+    assert distances.min(axis=1).max() < 30**2
+
+
+def test_digits_are_split_class_by_class(digits):
+    shares = np.bincount(digits.test_labels) / np.bincount(load_digits().target)
+    assert np.allclose(shares, 0.2, atol=0.01)
+
+
+def test_an_unknown_data_set_is_named_in_the_error():
+    with pytest.raises(DatasetError, match="'no_such_set'.*'digits'"):
+        load_dataset("no_such_set")
+
+
+def prepare(folder, name, splits, shape=(None, None, 3)):
+    """Prepares a set for TensorFlow Datasets.
+
+    `splits` gives each split's labels; images are dark for even labels, and light for odd ones.
+    """
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def info(self):
+        features = {
+            "image": tfds.features.Image(shape=shape),
+            "label": tfds.features.ClassLabel(names=["dark", "light"]),
+        }
+        features, keys = tfds.features.FeaturesDict(features), ("image", "label")
+        return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=keys)
+
+    def generate(self, labels):
+        for index, label in enumerate(labels):
+            height, width = (20 + index, 30) if shape[0] is None else shape[:2]
+            image = np.full((height, width, 3), 60 if label % 2 == 0 else 200, "uint8")
+            yield index, {"image": image, "label": label}
+
+    members = {
+        "__module__": __name__,
+        "VERSION": tfds.core.Version("1.0.0"),
+        "_info": info,
+        "_generate_examples": generate,
+        "_split_generators": lambda self, _: {
+            split: self._generate_examples(labels) for split, labels in splits.items()
+        },
+    }
+    builder = type(name, (tfds.core.GeneratorBasedBuilder,), members)
+    builder(data_dir=folder).download_and_prepare()
+
+
+def test_sets_of_mixed_sizes_are_resized_and_split(tmp_path):
+    prepare(tmp_path, "KerasVitMixed", {"train": [0, 1] * 10})
+    dataset = load_dataset("keras_vit_mixed", tmp_path)
+    assert dataset.train_images.shape == (16, RESIZED_SIDE, RESIZED_SIDE, 3)
+    assert dataset.test_images.shape == (4, RESIZED_SIDE, RESIZED_SIDE, 3)
+    assert dataset.class_names == ["dark", "light"]
+    assert np.array_equal(dataset.train_images[:, 0, 0, 0], np.where(dataset.train_labels, 200, 60))
+    assert np.bincount(dataset.test_labels).tolist() == [2, 2]
+
+
+def test_small_images_keep_their_size_and_large_ones_do_not(tmp_path):
+    for side, expected in ((20, 20), (130, RESIZED_SIDE)):
+        name = f"KerasVitSide{side}"
+        prepare(tmp_path, name, {"train": [0, 1], "test": [0, 1]}, (side, side, 3))
+        dataset = load_dataset(f"keras_vit_side{side}", tmp_path)
+        assert dataset.train_images.shape == (2, expected, expected, 3)
+        assert dataset.test_images.shape == (2, expected, expected, 3)
+
+
+def test_where_test_labels_are_secret_the_validation_split_is_tested_on(tmp_path):
+    splits = {"train": [0, 1, 0, 1], "test": [-1, -1], "validation": [1, 1, 0]}
+    prepare(tmp_path, "KerasVitSecret", splits)
+    dataset = load_dataset("keras_vit_secret", tmp_path)
+    assert sorted(dataset.test_labels) == [0, 1, 1]
+    assert sorted(dataset.train_labels) == [0, 0, 1, 1]
+
+
+def test_a_set_without_training_images_is_refused(tmp_path):
+    prepare(tmp_path, "KerasVitTestOnly", {"test": [0, 1]})
+    with pytest.raises(DatasetError, match="keras_vit_test_only has no labelled split named"):
+        load_dataset("keras_vit_test_only", tmp_path)
+
+
+def test_a_set_too_small_to_split_is_refused(tmp_path):
+    prepare(tmp_path, "KerasVitTwo", {"train": [0, 1]})
+    with pytest.raises(DatasetError, match="keras_vit_two has too few images"):
+        load_dataset("keras_vit_two", tmp_path)
+
+
+def test_a_set_is_missing_where_the_package_that_reads_it_is(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DatasetError, match="pip install tensorflow-datasets"):
+        load_dataset("cifar10")
+
+
+def test_prepared_files_need_no_network_and_no_server(monkeypatch, tmp_path):
+    prepare(tmp_path, "KerasVitPrepared", {"train": [0, 1], "test": [0]}, (20, 20, 3))
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    monkeypatch.setattr("requests.Session.send", pytest.fail)
+    assert len(load_dataset("keras_vit_prepared", tmp_path).train_images) == 2
+
+
+def test_damaged_prepared_files_are_named(tmp_path):
+    prepare(tmp_path, "KerasVitDamaged", {"train": [0, 1] * 10, "test": [0]}, (20, 20, 3))
+    (path,) = tmp_path.rglob("*train.tfrecord*")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DatasetError, match=f"keras_vit_damaged in {path.parent} cannot be read"):
+        load_dataset("keras_vit_damaged", tmp_path)
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A server of a set's files that does not answer; a list of what it was asked."""
+    requests, asked = pytest.importorskip("requests"), []
+
+    def send(self, request, **_):
+        asked.append((request.method, request.url))
+        raise requests.exceptions.ConnectionError("no route to host")
+
+    monkeypatch.setattr(requests.Session, "send", send)
+    return asked
+
+
+def test_without_a_network_a_set_says_how_to_supply_it_at_once(unreachable, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(DatasetUnavailable, match=r"cifar10 is not in .*no route.*--data-dir"):
+        load_dataset("cifar10", tmp_path)
+    ((method, url),) = unreachable
+    assert method == "HEAD" and url.endswith("cifar-10-binary.tar.gz")
+
+
+def test_what_was_downloaded_before_needs_no_network(monkeypatch, unreachable, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "downloads" / "cifar10").mkdir(parents=True)
+    (tmp_path / "downloads" / "cifar10" / "cifar.tar.gz.INFO").touch()
+    prepared = []
+    monkeypatch.setattr(
+        tfds.core.DatasetBuilder, "download_and_prepare", lambda *_, **__: prepared.append(True)
+    )
+    with pytest.raises(DatasetError, match="no labelled split named 'train'"):
+        load_dataset("cifar10", tmp_path)
+    assert prepared and not unreachable
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), DatasetUnavailable),
+        (TimeoutError("timed out"), DatasetUnavailable),
+        (AttributeError("module has no attribute 'MAX_RETRIES'"), DatasetError),
+        (ImportError("no module named 'scipy'"), DatasetError),
+    ],
+)
+def test_only_network_and_disk_make_a_set_unavailable(error, kind, monkeypatch, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("requests.Session.send", lambda *_, **__: None)
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
+    with pytest.raises(DatasetError, match=re.escape(str(error))) as raised:
+        load_dataset("cifar10", tmp_path)
+    assert type(raised.value) is kind
+
+
+def test_a_set_without_labelled_images_is_refused_before_any_download(monkeypatch, tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
+    with pytest.raises(DatasetError, match="not an image classification set"):
+        load_dataset("ag_news_subset", tmp_path)
+
+
+def test_cifar10_has_the_published_statistics():
+    dataset = cifar10_on_disk()
+    assert dataset.train_images.shape == (50000, 32, 32, 3)
+    assert dataset.test_images.shape == (10000, 32, 32, 3)
+    assert np.bincount(dataset.train_labels).tolist() == [5000] * 10
+    mean = dataset.train_images.mean(axis=(0, 1, 2)) / 255
+    assert np.allclose(mean, [0.4914, 0.4822, 0.4465], atol=1e-4)
+    assert dataset.class_names[3] == "cat"
+    assert dataset.horizontal_flip
+
+
+def test_an_epoch_shows_every_image_once():
+    dataset = numbered()
+    batches = Batches(dataset.train_images, dataset.train_labels, batch_size=32, seed=0)
+    assert [len(batches[i][1]) for i in range(batches.num_batches)] == [32, 32, 32, 4]
+    assert sorted(read_order(batches)) == list(range(100))
+    images, labels = batches[0]
+    assert np.array_equal(images[:, 0, 0, 0] % 4, labels)
+
+
+def test_the_order_of_images_depends_on_seed_and_epoch_alone():
+    dataset = numbered()
+    arrays = dataset.train_images, dataset.train_labels
+
+    def order(seed, epochs, batch_size=32):
+        batches = Batches(*arrays, batch_size, seed)
+        for epoch in epochs:
+            np.random.seed()
+            batches.start_epoch(epoch)
+        return read_order(batches)
+
+    third = order(1, [1, 2, 3])
+    assert np.array_equal(third, order(1, [3], batch_size=10))
+    assert not np.array_equal(third, order(1, [1, 2]))
+    assert not np.array_equal(third, order(2, [3]))
+
+
+def test_held_out_images_leave_the_training_set():
+    dataset = numbered()
+    kept, (images, labels) = dataset.hold_out(20, seed=0)
+    held, left = set(images[:, 0, 0, 0]), set(kept.train_images[:, 0, 0, 0])
+    assert len(held) == 20 and len(left) == 80 and not held & left
+    assert np.bincount(labels).tolist() == [5] * 4
+    assert np.array_equal(kept.test_images, dataset.test_images)
+    _, (again, _) = dataset.hold_out(20, seed=0)
+    _, (other, _) = dataset.hold_out(20, seed=1)
+    assert np.array_equal(images, again) and not np.array_equal(images, other)
+
+
+def test_a_limited_training_set_keeps_the_shares_of_the_classes():
+    limited = numbered().limit_train(40, seed=0)
+    assert np.bincount(limited.train_labels).tolist() == [10] * 4
+    dataset = numbered()
+    for count in (100, 1000):
+        all_of_it = dataset.limit_train(count, seed=0)
+        np.testing.assert_array_equal(all_of_it.train_images, dataset.train_images)
+
+
+@pytest.mark.parametrize("count", [1, 3, 97])
+def test_a_split_needs_every_class_on_either_side(count):
+    with pytest.raises(ValueError, match=rf"images of 4 .*Received: limit_train={count}"):
+        numbered().limit_train(count, seed=0)
+    with pytest.raises(ValueError, match=rf"images of 4 .*Received: validation={count}"):
+        numbered().hold_out(count, seed=0)
+
+
+def test_no_more_images_can_be_held_out_than_there_are():
+    with pytest.raises(ValueError, match="has 100 training images.*Received: validation=5000"):
+        numbered().hold_out(5000, seed=0)
+
+
+def arrays(**changes):
+    """What an `.npz` file of small images holds."""
+    images, labels = np.arange(6 * 48, dtype="uint8").reshape(6, 4, 4, 3), np.arange(6) % 3
+    whole = {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3]}
+    return {name: array for name, array in {**whole, **changes}.items() if array is not None}
+
+
+def test_a_file_in_keras_s_layout_is_read_as_it_is(tmp_path):
+    names = np.array(["żaba", "kot", "pies"])
+    np.savez(tmp_path / "animals.npz", **arrays(class_names=names))
+    data = load_dataset(str(tmp_path / "animals.npz"))
+    expected = arrays()
+    assert np.array_equal(data.train_images, expected["x_train"])
+    assert np.array_equal(data.test_labels, expected["y_test"])
+    assert (data.name, data.class_names) == ("animals", list(names))
+    assert data.horizontal_flip
+
+
+def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_path):
+    images, labels = np.zeros((4, 28, 28), "uint8"), np.array([[0], [1], [0], [1]], "uint8")
+    content = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez_compressed(tmp_path / "mnist.npz", **content)
+    data = load_dataset(str(tmp_path / "mnist.npz"))
+    assert data.train_images.shape == (4, 28, 28, 1)
+    assert (data.train_labels.shape, data.train_labels.dtype) == ((4,), "int64")
+    assert data.class_names == ["0", "1"]
+    assert not data.horizontal_flip
+
+
+class Unpickled:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was read",)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"y_test": None}, "y_test"),
+        ({"x_train": arrays()["x_train"].astype("float32")}, "float32"),
+        ({"x_train": np.zeros((6, 48), "uint8")}, r"\(6, 48\)"),
+        ({"x_test": np.zeros((3, 5, 4, 3), "uint8")}, "different shapes"),
+        ({"y_train": np.arange(5)}, "whole number"),
+        ({"y_train": np.full(6, -1)}, "whole number"),
+        ({"y_train": np.zeros(6)}, "float64"),
+        ({"y_train": np.array(3)}, "whole number"),
+        ({"y_train": np.zeros(6, int)}, "two or more"),
+        ({"y_test": np.array([0, 1, 7])}, "up to 7"),
+        ({"class_names": np.array(["one", "two"])}, "2 classes"),
+        ({"class_names": np.array(["one", "two", "one"])}, "a class name twice"),
+        ({"y_train": np.array(["cat"] * 6)}, "<U3"),
+        ({"x_train": np.zeros((0, 4, 4, 3), "uint8")}, r"\(0, 4, 4, 3\)"),
+        ({"x_train": np.array([Unpickled()] * 6)}, "does not hold .*Object arrays cannot be"),
+    ],
+)
+def test_a_file_with_other_arrays_is_refused(changes, message, tmp_path):
+    np.savez(tmp_path / "data.npz", **arrays(**changes))
+    with pytest.raises(DatasetError, match=message):
+        load_dataset(str(tmp_path / "data.npz"))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04broken", "an array"])
+def test_what_is_no_archive_is_refused(content, tmp_path):
+    path = tmp_path / "data.npz"
+    if content == "an array":
+        np.save(path.with_suffix(".npy"), np.zeros(3))
+        path.with_suffix(".npy").rename(path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"data\.npz"):
+        load_dataset(str(path))
+
+
+@on_jax
+@pytest.mark.parametrize("limit", [0, 2**20], ids=["on the host", "on the device"])
+def test_batches_cut_on_the_device_are_those_of_the_host(limit, monkeypatch):
+    monkeypatch.setattr("keras_vit.data.batches.RESIDENT_BYTES", limit)
+    data = numbered()
+    pair = [
+        kind(data.train_images, data.train_labels, batch_size=16, seed=3)
+        for kind in (Batches, DeviceBatches)
+    ]
+    for batches in pair:
+        batches.start_epoch(2)
+    assert isinstance(pair[1].images, np.ndarray) == (limit == 0)
+    for index in range(pair[0].num_batches):
+        for ours, theirs in zip(pair[1][index], pair[0][index], strict=True):
+            assert np.array_equal(ours, theirs)

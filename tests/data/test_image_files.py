@@ -1,0 +1,502 @@
+"""Images of every kind as pixels, and folders of them as data sets."""
+
+import hashlib
+import io
+import os
+
+import keras
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_vit import VisionTransformer, data, load_dataset
+from keras_vit.data import cache as image_cache
+from keras_vit.data import dataset as datasets
+from keras_vit.data import folders
+from keras_vit.data import images as image_files
+from keras_vit.data.folders import SPLITS
+from keras_vit.data.images import ImageError, TooLarge, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def picture(seed=0, height=6, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3)).astype("uint8")
+
+
+def saved(path, image, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, **settings)
+    return path
+
+
+# One image
+
+
+def test_an_image_is_read_as_it_is(tmp_path):
+    path = saved(tmp_path / "image.png", picture())
+    np.testing.assert_array_equal(read_image(path), picture())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation):
+    """Orientation n as the EXIF standard draws it, undone by NumPy."""
+    shown = picture()
+    undo = {
+        1: lambda x: x,
+        2: lambda x: x[:, ::-1],
+        3: lambda x: x[::-1, ::-1],
+        4: lambda x: x[::-1],
+        5: lambda x: x.swapaxes(0, 1),
+        6: lambda x: np.rot90(x, 1),
+        7: lambda x: x[::-1, ::-1].swapaxes(0, 1),
+        8: lambda x: np.rot90(x, -1),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](shown))
+    path = saved(tmp_path / "turned.png", stored, exif=exif)
+    np.testing.assert_array_equal(read_image(path), shown)
+    assert image_files._size_of(path) == shown.shape[:2]
+
+
+def grey_of_16_bits():
+    return np.array([[0, 257, 128 * 257], [255 * 257, 100, 65535]], "uint16")
+
+
+def test_other_kinds_of_pixels_become_rgb(tmp_path):
+    deep = read_image(saved(tmp_path / "deep.png", grey_of_16_bits()))
+    np.testing.assert_array_equal(deep[..., 0], [[0, 1, 128], [255, 0, 255]])
+    deep = read_image(saved(tmp_path / "deep.tiff", grey_of_16_bits()))
+    np.testing.assert_array_equal(deep[..., 2], [[0, 1, 128], [255, 0, 255]])
+    wide = Image.fromarray(grey_of_16_bits().astype("int32"))
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "wide.tiff", wide))[..., 1], [[0, 1, 128], [255, 0, 255]]
+    )
+    grey = picture()[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=-1)
+    np.testing.assert_array_equal(read_image(saved(tmp_path / "grey.png", grey)), expected)
+    two = Image.fromarray(np.array([[0, 255], [255, 0]], "uint8")).convert("1")
+    assert read_image(saved(tmp_path / "two.png", two))[..., 0].tolist() == [[0, 255], [255, 0]]
+    few = Image.fromarray(picture()).quantize(8)
+    np.testing.assert_array_equal(
+        read_image(saved(tmp_path / "few.png", few)), np.asarray(few.convert("RGB"))
+    )
+    ink = Image.fromarray(picture()).convert("CMYK")
+    assert read_image(saved(tmp_path / "ink.tiff", ink)).shape == (6, 8, 3)
+    np.testing.assert_array_equal(read_image(tmp_path / "ink.tiff"), np.asarray(ink.convert("RGB")))
+
+
+def test_what_shows_through_is_white(tmp_path):
+    pixels = np.dstack([picture(), np.full((6, 8), 255, "uint8")])
+    pixels[2:4, :, 3] = 0
+    pixels[5, :, 3] = 51
+    found = read_image(saved(tmp_path / "clear.png", Image.fromarray(pixels, "RGBA")))
+    np.testing.assert_array_equal(found[:2], picture()[:2])
+    np.testing.assert_array_equal(found[2:4], 255)
+    np.testing.assert_allclose(found[5], 0.2 * picture()[5] + 0.8 * 255, atol=1)
+    few = Image.fromarray(np.array([[0, 1]], "uint8"), "P")
+    few.putpalette([10, 20, 30, 40, 50, 60])
+    found = read_image(saved(tmp_path / "few.gif", few, transparency=0))
+    assert found.tolist() == [[[255, 255, 255], [40, 50, 60]]]
+
+
+def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+    frames = [Image.fromarray(np.full((4, 4, 3), value, "uint8")) for value in (0, 128, 255)]
+    path = tmp_path / "film.gif"
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert not read_image(path).any()
+
+
+def test_a_size_and_grey_are_given_when_asked_for(tmp_path):
+    path = saved(tmp_path / "image.png", picture(height=40, width=60))
+    small = read_image(path, (10, 12))
+    expected = Image.fromarray(picture(height=40, width=60)).resize((12, 10), Image.BILINEAR)
+    np.testing.assert_array_equal(small, np.asarray(expected))
+    grey = read_image(path, channels=1)
+    assert grey.shape == (40, 60, 1)
+    photo = Image.fromarray(picture(height=4, width=4)).resize((1600, 1200), Image.BICUBIC)
+    path = saved(tmp_path / "photo.jpg", photo, quality=95)
+    expected = np.asarray(photo.resize((32, 32), Image.BILINEAR)).astype(int)
+    assert np.abs(read_image(path, (32, 32)).astype(int) - expected).mean() < 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50],
+    ids=["empty", "text", "no PNG"],
+)
+def test_what_is_no_image_is_refused(tmp_path, content):
+    path = tmp_path / "image.png"
+    path.write_bytes(content)
+    with pytest.raises(ImageError):
+        read_image(path)
+
+
+def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
+    for suffix in ("png", "jpg", "gif", "bmp", "tiff", "webp"):
+        whole = saved(tmp_path / f"whole.{suffix}", picture(height=40, width=40)).read_bytes()
+        random = np.random.default_rng(0)
+        for _ in range(30):
+            damaged = bytearray(whole)
+            for place in random.integers(0, len(whole), 3):
+                damaged[place] ^= 1 << random.integers(8)
+            cut = bytes(damaged[: random.integers(len(whole) // 2, len(whole))])
+            for content in (bytes(damaged), cut):
+                try:
+                    assert read_image(io.BytesIO(content), (8, 8)).shape == (8, 8, 3)
+                except ImageError as error:
+                    assert str(error)
+
+
+def test_no_file_starts_ghostscript(tmp_path):
+    path = saved(tmp_path / "image.eps", picture()).rename(tmp_path / "image.jpg")
+    assert path.read_bytes().startswith(b"%!PS")
+    with pytest.raises(ImageError, match="cannot identify"):
+        read_image(path)
+
+
+def test_an_image_that_would_fill_memory_is_refused_before_it_does(tmp_path):
+    path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(TooLarge, match="would unpack to over 89,478,485 pixels"):
+        read_image(path)
+
+
+# A folder of them
+
+
+def fill(folder, classes, count, size=(8, 8), suffix="png"):
+    for number, name in enumerate(classes):
+        for index in range(count):
+            saved(folder / name / f"{index}.{suffix}", picture(100 * number + index, *size))
+    return folder
+
+
+PETS = ["zebra", "Żółw", "猫"]
+# Whatever this package becomes, a folder's test set stays what it was.
+TESTED = [
+    *("zebra/0.png", "zebra/2.png", "zebra/7.png"),
+    *("Żółw/0.png", "Żółw/3.png", "Żółw/4.png"),
+    *("猫/0.png", "猫/2.png", "猫/8.png"),
+]
+
+
+def test_sub_folders_name_the_classes_and_the_names_of_files_decide_what_is_tested_on(
+    tmp_path, capsys
+):
+    folder = fill(tmp_path / "pets", PETS, 10)
+    (folder / ".hidden").mkdir()
+    dataset = load_dataset(str(folder))
+    assert dataset.class_names == sorted(PETS)
+    assert (dataset.name, dataset.image_shape, dataset.horizontal_flip) == ("pets", (8, 8, 3), True)
+    for name in PETS:
+        label = dataset.class_names.index(name)
+        for split, images, labels in (
+            (False, dataset.train_images, dataset.train_labels),
+            (True, dataset.test_images, dataset.test_labels),
+        ):
+            expected = {
+                picture(100 * PETS.index(name) + index, 8, 8).tobytes()
+                for index in range(10)
+                if (f"{name}/{index}.png" in TESTED) is split
+            }
+            found = [image.tobytes() for image in images[labels == label]]
+            assert set(found) == expected and len(found) == len(expected)
+    assert capsys.readouterr().err == ""
+
+
+def splits(folder):
+    """What each file of a folder is for, by its path."""
+    files, _ = folders.list_folder(folder)
+    return {file.path: file.split for file in files}
+
+
+def test_other_files_and_the_place_of_a_folder_change_nothing_about_a_file(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 40, size=(2, 2))
+    before = splits(folder)
+    assert 8 <= list(before.values()).count("test") <= 24  # A fifth, give or take two sigmas.
+    for index in range(10):
+        saved(folder / "a" / f"new {index}.png", picture(1000 + index))
+    (folder / "b" / "0.png").unlink()
+    fill(folder, ["between"], 3)
+    after = splits(folder.rename(tmp_path / "elsewhere"))
+    assert len(after) == 80 + 10 - 1 + 3
+    assert {path: after[path] for path in before if path in after} == {
+        path: split for path, split in before.items() if path != "b/0.png"
+    }
+    (tmp_path / "top").mkdir()
+    (tmp_path / "elsewhere").rename(tmp_path / "top" / "train")
+    assert splits(tmp_path / "top") == {f"train/{path}": split for path, split in after.items()}
+
+
+def test_only_a_class_too_small_for_both_sides_moves_a_file_and_says_so(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a"], 40, size=(2, 2))
+    own = splits(folder)
+    trained = [path for path, split in own.items() if split == "train"][:3]
+    tested = [path for path, split in own.items() if split == "test"][:3]
+    for path in own:
+        if path not in (*trained, *tested):
+            (folder / path).unlink()
+    fill(folder, ["b"], 40)
+
+    def moved(*gone):
+        """What becomes of the class where some of its files are gone."""
+        contents = {path: (folder / path).read_bytes() for path in gone}
+        for path in gone:
+            (folder / path).unlink()
+        load_dataset(str(folder))
+        found = {path: split for path, split in splits(folder).items() if path.startswith("a/")}
+        for path, content in contents.items():
+            (folder / path).write_bytes(content)
+        changed = [path for path, split in found.items() if split != own[path]]
+        return changed, capsys.readouterr().err
+
+    assert moved() == ([], "")
+    for gone, side in ((tested, "test"), (trained, "training")):
+        (path,), said = moved(*gone)
+        assert said == (
+            "WARNING: class 'a' has too few images to lie on both sides: "
+            f"{path} was moved to the {side} images\n"
+        )
+    changed, said = moved(*trained, *tested[1:])
+    assert changed == tested[:1] and said.endswith("WARNING: no test image of class 'a'\n")
+
+
+def test_copies_of_test_images_are_not_trained_on(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 10)
+    before = load_dataset(str(folder))
+    paths = {split: [x for x, y in splits(folder).items() if y == split] for split in SPLITS}
+    copy = folder / paths["train"][0]
+    copy.write_bytes((folder / paths["test"][0]).read_bytes())
+    after = load_dataset(str(folder))
+    np.testing.assert_array_equal(after.test_images, before.test_images)
+    np.testing.assert_array_equal(after.train_images, before.train_images[1:])
+    assert "left out 1 images that are copies of others" in capsys.readouterr().err
+
+
+def test_images_to_validate_on_may_lie_beside_those_to_train_and_test_on(tmp_path):
+    for count, name in ((3, "train"), (2, "val"), (1, "test")):
+        fill(tmp_path / "set" / name, ["b"], 1, size=(count, 8))
+        fill(tmp_path / "set" / name, ["a", "b"], count, size=(8, count))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=(8, 9))
+    images, labels = dataset.validation
+    assert (dataset.train_labels.tolist(), dataset.test_labels.tolist()) == (
+        [0] * 3 + [1] * 3,
+        [0, 1],
+    )
+    assert labels.tolist() == [0, 0, 1, 1]
+    expected = read_image(tmp_path / "set" / "val" / "b" / "1.png", (8, 9))
+    np.testing.assert_array_equal(images[3], expected)
+    assert dataset.for_training(0, None, seed=0)[1] is dataset.validation
+    with pytest.raises(ValueError, match="set has a validation set of 4 images"):
+        dataset.hold_out(2, seed=0)
+
+
+def test_a_data_set_knows_which_files_it_shows_to_a_model(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 20)
+    dataset = load_dataset(str(folder))
+    contents = {
+        read_image(folder / path).tobytes(): hashlib.sha256(
+            (folder / path).read_bytes()
+        ).hexdigest()
+        for path in splits(folder)
+    }
+
+    def short(images):
+        return {contents[image.tobytes()][: datasets.SHORT] for image in images}
+
+    kept, (images, _) = dataset.hold_out(6, seed=0)
+    fewer = kept.limit_train(10, seed=0)
+    assert set(dataset.seen) == short(dataset.train_images)
+    assert set(kept.seen) == set(dataset.seen)
+    assert set(fewer.seen) == short(fewer.train_images) | short(images)
+    assert fewer.without(fewer.seen) is fewer
+    first = short(fewer.test_images[:1])
+    np.testing.assert_array_equal(fewer.without(first).test_images, fewer.test_images[1:])
+
+
+def test_other_training_images_are_another_data_set_and_other_test_images_are_not(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 10)
+
+    def digest():
+        return datasets.digest(load_dataset(str(folder)))
+
+    paths, before = splits(folder), digest()
+    (tested,) = [path for path in paths if paths[path] == "test"][:1]
+    saved(folder / tested, picture(1000, 8, 8))
+    assert digest() == before
+    folder = folder.rename(tmp_path / "other")
+    assert digest() == before
+    (trained,) = [path for path in paths if paths[path] == "train"][:1]
+    saved(folder / trained, picture(1001, 8, 8))
+    assert digest() != before
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_a_folder_may_be_split_already(tmp_path, test):
+    fill(tmp_path / "set" / "train", ["a", "b"], 3)
+    fill(tmp_path / "set" / test, ["a", "b"], 2, size=(9, 8))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=16)
+    assert dataset.train_images.shape == (6, 16, 16, 3)
+    assert dataset.test_labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_train_folder_alone_is_split(tmp_path):
+    fill(tmp_path / "set" / "train", ["a", "b"], 5)
+    assert load_dataset(str(tmp_path / "set")).class_names == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(20, 20), (24, 40)], 32),
+        ([(50, 70), (47, 47)], 48),
+        ([(500, 700), (300, 200)], 64),
+        ([(200, 200), (200, 200)], 64),
+    ],
+)
+def test_images_of_many_sizes_get_one_that_suits_them(tmp_path, sizes, expected):
+    for name in ("a", "b"):
+        for index in range(6):
+            saved(tmp_path / "set" / name / f"{index}.png", picture(index, *sizes[index % 2]))
+    assert load_dataset(str(tmp_path / "set")).image_shape == (expected, expected, 3)
+
+
+def test_images_are_decoded_once(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    first = load_dataset(str(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(image_files.Image, "open", None)
+        second = load_dataset(str(folder))
+        np.testing.assert_array_equal(first.train_images, second.train_images)
+        folder = folder.rename(tmp_path / "renamed")
+        third = load_dataset(str(folder))
+        np.testing.assert_array_equal(first.train_images, third.train_images)
+    # Until a file changes.
+    saved(folder / "a" / "0.png", 255 - picture(0, 8, 8))
+    os.utime(folder / "a" / "0.png", ns=(1, 1))
+    third = load_dataset(str(folder))
+    both = [np.concatenate([x.train_images, x.test_images]) for x in (first, third)]
+    assert sum(not (image == both[0]).all(axis=(1, 2, 3)).any() for image in both[1]) == 1
+
+
+def test_what_became_readable_is_read(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    path = folder / "a" / "0.png"
+    content, times = path.read_bytes(), path.stat()
+    path.write_bytes(b"?" * len(content))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(data.DatasetError, match="1 of 10 files"):
+        load_dataset(str(folder))
+    path.write_bytes(content)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    dataset = load_dataset(str(folder))
+    assert len(dataset.train_labels) + len(dataset.test_labels) == 10
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_half_a_cache_is_none(tmp_path, suffix):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    first = load_dataset(str(folder))
+    for gone in (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}"):
+        gone.unlink()
+    np.testing.assert_array_equal(load_dataset(str(folder)).train_images, first.train_images)
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(data.DatasetError, match="No space left on device.*XDG_CACHE_HOME"):
+        load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
+    assert not list((tmp_path / "cache" / "keras_vit").glob("*.npy"))
+
+
+def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_cache, "IN_MEMORY", 100)
+    dataset = load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
+    assert isinstance(dataset.train_images, np.memmap)
+    batches = data.Batches(dataset.train_images, dataset.train_labels, 4, seed=0)
+    images, labels = batches[0]
+    assert images.shape == (4, 8, 8, 3) and len(labels) == 4
+    model = VisionTransformer(
+        (8, 8, 3), num_classes=2, embed_dim=8, mlp_dim=8, num_heads=2, depth=1
+    )
+    model.adapt(dataset.train_images)
+    normalization = model.get_layer("normalization")
+    pixels = np.asarray(dataset.train_images).reshape(-1, 3).astype("float64")
+    mean, variance = (
+        keras.ops.convert_to_numpy(getattr(normalization, x)).ravel() for x in ("mean", "variance")
+    )
+    np.testing.assert_allclose(mean, pixels.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(variance, pixels.var(axis=0), rtol=1e-5)
+
+
+def test_a_few_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 60, size=(4, 4))
+    (folder / "b" / "broken.png").write_bytes(b"no image")
+    dataset = load_dataset(str(folder))
+    assert len(dataset.train_labels) + len(dataset.test_labels) == 120
+    assert "left out b/broken.png: cannot identify image file" in capsys.readouterr().err
+    load_dataset(str(folder))  # Out of the cache.
+    assert "left out b/broken.png" in capsys.readouterr().err
+    (folder / "b" / "broken.png").rename(folder / "b" / os.fsdecode(b"br\xf6ken.png"))
+    for _ in "decoded", "out of the cache":
+        load_dataset(str(folder))
+        assert "left out b/br" in capsys.readouterr().err
+    (folder / "a" / "list.txt").write_text("no image")
+    with pytest.raises(data.DatasetError, match="2 of 122 files in .*b/br"):
+        load_dataset(str(folder))
+
+
+def empty(folder):
+    folder.mkdir(parents=True)
+
+
+BROKEN = {
+    "no images in sub-folders": lambda root: empty(root),
+    "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
+    "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
+    "has a name that is not UTF-8": lambda root: fill(root, ["a", os.fsdecode(b"caf\xe9")], 5),
+    "has no test image that can be read": lambda root: fill(root, ["a", "b"], 1),
+    "class 'c' in .* has no training image": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root / "test", ["a", "c"], 3, size=(9, 8)),
+    ),
+    "class 'a' in .* is no copy of a test image": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root / "test", ["a", "b"], 3),
+    ),
+    "set has no test image": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        empty(root / "test" / "a"),
+    ),
+    "bomb.png would unpack to over 89,478,485 pixels": lambda root: (
+        fill(root, ["a", "b"], 5),
+        saved(root / "a" / "bomb.png", Image.new("1", (20000, 10000))),
+    ),
+    "none of 10 files can be read": lambda root: [
+        (root / name).mkdir(parents=True, exist_ok=True)
+        or (root / name / f"{index}.jpg").write_text(f"no image {name} {index}")
+        for name in ("a", "b")
+        for index in range(5)
+    ],
+}
+
+
+@pytest.mark.parametrize("message", BROKEN)
+def test_folders_that_nobody_can_learn_from_are_refused(tmp_path, message):
+    BROKEN[message](tmp_path / "set")
+    with pytest.raises(data.DatasetError, match=message):
+        load_dataset(str(tmp_path / "set"))
+
+
+def test_an_image_size_is_for_folders():
+    with pytest.raises(data.DatasetError, match="is for folders of images"):
+        load_dataset("digits", image_size=48)

@@ -1,0 +1,148 @@
+import base64
+import dataclasses
+import io
+
+import keras
+import matplotlib.image
+import numpy as np
+import pytest
+from PIL import Image
+
+from keras_vit import VisionTransformer
+from keras_vit.data import Dataset
+from keras_vit.model import augmented_for_display
+from keras_vit.reporting import explorer, figures
+
+NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
+HISTORY = {
+    "loss": [2.0, 1.5, 1.2],
+    "accuracy": [0.2, 0.4, 0.5],
+    "learning_rate": [3e-4, 3e-4, 3e-5],
+    "seconds": [1.0, 1.0, 1.0],
+}
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (24, 8, 12, 3), dtype="uint8")
+    labels = np.arange(24) % 3
+    return Dataset("noise", images, labels, images, labels, ["cat", "dog", "émeu"], True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 3}
+    return VisionTransformer((8, 12, 3), 3, **sizes)
+
+
+@pytest.fixture(scope="module")
+def probabilities():
+    random = np.random.default_rng(1)
+    return random.dirichlet(np.ones(3), 24)
+
+
+def is_drawn(path):
+    """Whether a picture has a fair size and more than one colour."""
+    picture = matplotlib.image.imread(path)
+    height, width = picture.shape[:2]
+    return 200 < height < 4000 and 200 < width < 4000 and picture.std() > 0.02
+
+
+@pytest.mark.parametrize("pooling", ["token", pytest.param("mean", marks=pytest.mark.slow)])
+def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities, pooling):
+    if pooling == "mean":
+        model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
+    expected = {f"{name}.png" for name in [*NAMES, "attention_rollout"]}
+    assert {path.name for path in tmp_path.iterdir()} == expected
+    assert all(is_drawn(path) for path in tmp_path.iterdir())
+
+
+def test_every_picture_of_data_names_the_data_set(
+    tmp_path, model, dataset, probabilities, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
+    assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
+
+
+def test_pictures_show_images_as_they_are_cut_into_patches(tmp_path, dataset, probabilities):
+    layers = keras.layers.Rescaling(1 / 255), keras.layers.Resizing(12, 16)
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 1}
+    model = VisionTransformer((8, 12, 3), 3, augmentation=layers, **sizes)
+    figures.draw_all(model, dataset, probabilities, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
+    images = dataset.test_images[:2]
+    page = explorer.pack(model, images, ["one", "two"])
+    assert [page[key] for key in ("rows", "columns", "height", "width")] == [3, 4, 12, 16]
+    content = base64.b64decode(page["images"][1]["source"].split(",")[1])
+    shown = np.asarray(Image.open(io.BytesIO(content))).astype("float32")
+    resized = keras.ops.convert_to_numpy(layers[1](images.astype("float32")))[1]
+    np.testing.assert_allclose(shown, resized, atol=0.51)
+
+
+def test_what_layers_do_to_the_range_of_pixels_is_undone_to_look_at_them(dataset):
+    images = dataset.test_images[:4]
+    layers = [
+        keras.layers.Rescaling(-2.0, offset=9.0),
+        keras.layers.Normalization(mean=[1.0, 2.0, 3.0], variance=[4.0, 5.0, 6.0]),
+        keras.layers.CenterCrop(4, 6),
+    ]
+    np.testing.assert_allclose(
+        augmented_for_display(layers, images), images[:, 2:6, 3:9], atol=1e-3
+    )
+    grey = keras.layers.Lambda(lambda x: 0 * x)
+    assert not augmented_for_display([grey], images).any()
+
+
+def test_of_very_many_patches_the_first_are_drawn(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype="uint8")
+    figures.draw_patches(image, 1, tmp_path / "patches.png")
+    assert is_drawn(tmp_path / "patches.png")
+
+
+def test_drawing_leaves_the_model_as_it_was(tmp_path, model, dataset, probabilities):
+    before = model.predict(dataset.test_images, verbose=0)
+    figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert np.allclose(loaded.predict(dataset.test_images, verbose=0), before, atol=1e-6)
+
+
+def test_the_graph_shows_one_block_open_and_folds_the_others(model):
+    drawing = figures._folded(model)
+    names = [layer.name for layer in drawing.layers]
+    assert "blocks_2_to_3" in names and "block_1" in names
+    assert "block_1_attention" in names and "block_2_attention" not in names
+    dot = keras.utils.model_to_dot(drawing, show_shapes=True).to_string()
+    assert "MultiHeadAttention" in dot and "(None, 7, 16)" in dot
+
+
+def test_without_graphviz_the_graph_is_a_warning(tmp_path, model, monkeypatch, capsys):
+    monkeypatch.setattr(figures.shutil, "which", lambda _: None)
+    monkeypatch.setitem(__import__("sys").modules, "pygraphviz", None)
+    figures.draw_model(model, tmp_path / "model.png")
+    assert "WARNING" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_grey_images_and_validation_curves_are_drawn(tmp_path, dataset, probabilities):
+    grey = {name: getattr(dataset, name)[..., :1] for name in ("train_images", "test_images")}
+    dataset = dataclasses.replace(dataset, **grey)
+    figures.draw_augmentation([], dataset.train_images, tmp_path / "augmentation.png")
+    figures.draw_patches(dataset.test_images[0], 2, tmp_path / "patches.png")
+    history = {**HISTORY, "val_loss": [2.1, 1.6, 1.4], "val_accuracy": [0.2, 0.3, 0.4]}
+    figures.draw_history(history, [], tmp_path / "history.png")
+    assert all(is_drawn(path) for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_model_that_is_always_right_or_always_wrong_is_drawn(tmp_path, dataset, right):
+    labels = dataset.test_labels
+    certain = np.eye(3)[labels if right else (labels + 1) % 3]
+    path = tmp_path / "predictions.png"
+    figures.draw_predictions(dataset.test_images, labels, certain, dataset.class_names, path)
+    assert is_drawn(path)

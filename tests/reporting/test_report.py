@@ -1,0 +1,349 @@
+"""The report and the attention explorer in a real browser, beside NumPy and the run's files."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import keras
+import numpy as np
+import pytest
+
+import keras_vit
+from keras_vit import (
+    VisionTransformer,
+    attention_rollout,
+    attention_scores,
+    patch_weights,
+)
+from keras_vit.reporting import figures, report
+from keras_vit.reporting.explorer import BUDGET, pack
+from keras_vit.reporting.report import SECTIONS, write_explorer
+from keras_vit_cli import main
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+ROWS, COLUMNS, BLOCKS, HEADS = 2, 3, 3, 2
+# Where screenshots are wanted, for looking at.
+SCREENSHOTS = os.environ.get("KERAS_VIT_SCREENSHOTS")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; afterwards, nothing may have been complained about or asked for."""
+    contexts, noise = [], []
+
+    def opened(path, **settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        address = pathlib.Path(path).resolve().as_uri()
+        allowed = (address, "data:")
+        page.on(
+            "request",
+            lambda request: request.url.startswith(allowed) or noise.append(request.url),
+        )
+        page.goto(address)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert noise == []
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A model that attends sharply, and four images of 2x3 patches."""
+    keras.utils.set_random_seed(1)
+    model = VisionTransformer(
+        **{"image_shape": (8, 12, 3), "num_classes": 3, "patch_size": 4, "embed_dim": 8},
+        **{"mlp_dim": 8, "num_heads": HEADS, "depth": BLOCKS, "augmentation": []},
+    )
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 12, 3)).astype("uint8")
+    return model, images
+
+
+@pytest.fixture(scope="module")
+def explorer(small, tmp_path_factory):
+    path = tmp_path_factory.mktemp("explorer") / "explorer.html"
+    model, images = small
+    titles = ["one", "two </script><b>bold</b>", "three", "four"]
+    assert write_explorer(path, model, "small", images, titles) == 4
+    return path
+
+
+def shown(page):
+    """The table of numbers, as weights of the patches."""
+    cells = page.evaluate(
+        "[...document.querySelectorAll('.numbers tr + tr td')].map(x => x.textContent)"
+    )
+    return np.array(cells, float) / 100
+
+
+def assert_shown(page, expected):
+    """Two digits are shown; eight bits may be one off in the last of them."""
+    unit = np.where(expected < 0.1, 0.001, 0.01)
+    assert np.all(np.abs(shown(page) - expected) < 1.5 * unit)
+
+
+def percent(share):
+    return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
+
+
+def point_at(page, row, column, panel="#overlay"):
+    box = page.locator(panel).bounding_box()
+    x = box["x"] + box["width"] * (column - 0.5) / COLUMNS
+    y = box["y"] + box["height"] * (row - 0.5) / ROWS
+    page.mouse.move(x, y)
+    return x, y
+
+
+def slide(page, slider, value):
+    page.locator(slider).fill(str(value))
+
+
+def without_residual(scores):
+    """The product of attention itself, heads averaged."""
+    product = np.eye(scores.shape[-1])
+    for block in scores.mean(axis=1):
+        product = block @ product
+    return product
+
+
+def test_the_page_recomputes_the_rollout(small, explorer, open_page):
+    model, images = small
+    scores = attention_scores(model, images)
+    page = open_page(explorer)
+    for image in (0, 3):
+        page.locator(".thumbnails button").nth(image).click()
+        for fusion in ("mean", "max", "min"):
+            page.locator("#head").select_option(fusion)
+            for block in range(1, BLOCKS + 1):
+                slide(page, "#block", block)
+                expected = attention_rollout(scores[image : image + 1, :block], fusion)[0]
+                assert_shown(page, expected[0, 1:])
+                point_at(page, 2, 3)  # The last patch.
+                assert_shown(page, expected[6, 1:])
+                page.locator("#class-token").click()
+
+
+def test_without_a_class_token_the_page_starts_from_all_patches(small, open_page, tmp_path):
+    model, images = small
+    model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
+    model.set_weights([3 * weight for weight in model.get_weights()])
+    path = tmp_path / "explorer.html"
+    write_explorer(path, model, "mean", images[:1], ["one"])
+    scores, page = attention_scores(model, images[:1]), open_page(path)
+    assert page.locator("#class-token").text_content() == "From all patches"
+    assert page.locator("#to-class").count() == 0
+    slide(page, "#discard", 0.5)
+    expected = attention_rollout(scores, discard_ratio=0.5, class_token=False)
+    assert_shown(page, patch_weights(expected, class_token=False)[0])
+    point_at(page, 1, 1)  # The first patch.
+    assert_shown(page, expected[0, 0])
+    page.locator("#class-token").click()
+    page.locator("#view").select_option("attention")
+    assert_shown(page, scores[0, -1].mean(axis=0).mean(axis=0))
+
+
+def test_discarding_heads_and_the_residual_can_be_switched(small, explorer, open_page):
+    model, images = small
+    scores = attention_scores(model, images[:1])
+    page = open_page(explorer)
+    slide(page, "#discard", 0.5)
+    expected = attention_rollout(scores, discard_ratio=0.5)[0, 0, 1:]
+    assert_shown(page, expected)
+    slide(page, "#discard", 0)
+    page.locator("#residual").uncheck()
+    assert_shown(page, without_residual(scores[0])[0, 1:])
+    page.locator("#residual").check()
+    page.locator("#head").select_option("1")
+    expected = attention_rollout(scores[:, :, 1:2])[0, 0, 1:]
+    assert_shown(page, expected)
+    page.locator("#view").select_option("attention")
+    slide(page, "#block", 2)
+    assert_shown(page, scores[0, 1, 1, 0, 1:])
+
+
+def test_a_patch_is_kept_by_a_click_and_its_weights_read_by_pointing(small, explorer, open_page):
+    model, images = small
+    expected = attention_rollout(attention_scores(model, images[:1]))[0]
+    page = open_page(explorer)
+    page.mouse.click(*point_at(page, 1, 2))
+    assert page.locator("#query").inner_text() == "from row 1, column 2 · kept"
+    point_at(page, 2, 1)
+    assert page.locator("#target").inner_text() == (
+        f"to row 2, column 1: {percent(expected[2, 4])}"
+    )
+    assert page.locator("#to-class").inner_text() == f"to class token: {percent(expected[2, 0])}"
+    first = page.locator("#readout li").first.inner_text()
+    best = expected[2, 1:].argmax()
+    assert first.startswith(f"row {best // COLUMNS + 1}, column {best % COLUMNS + 1}: ")
+    page.mouse.click(*point_at(page, 1, 2))
+    point_at(page, 2, 3)
+    assert page.locator("#query").inner_text() == "from row 2, column 3"
+    assert page.locator("#said").text_content() == "from row 2, column 3"
+
+
+def test_the_keyboard_does_what_the_pointer_does(explorer, open_page):
+    page = open_page(explorer)
+    panel = page.locator("#overlay")
+    panel.focus()
+    for keys, expected in {
+        "ArrowRight": "from row 1, column 1",
+        "ArrowRight ArrowDown": "from row 2, column 2",
+        "ArrowDown": "from row 2, column 2",
+        "Enter": "from row 2, column 2 · kept",
+        "Home": "from class token",
+    }.items():
+        for key in keys.split():
+            panel.press(key)
+        assert page.locator("#query").inner_text() == expected
+    for key in ("ArrowRight", "Enter", "ArrowRight"):
+        panel.press(key)
+    assert page.locator("#query").inner_text() == "from row 1, column 1 · kept"
+    assert page.locator("#target").inner_text().startswith("to row 1, column 2: ")
+
+
+def test_a_finger_does_so_too(explorer, open_page):
+    page = open_page(explorer, viewport={"width": 390, "height": 844}, has_touch=True)
+    box = page.locator("#overlay").bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 4)
+    assert page.locator("#query").inner_text() == "from row 1, column 2 · kept"
+
+
+def test_titles_are_text_and_nothing_else(explorer, open_page):
+    page = open_page(explorer)
+    page.locator(".thumbnails button").nth(1).click()
+    assert page.locator("#readout strong").inner_text() == "two </script><b>bold</b>"
+    assert page.locator("b").count() == 0
+
+
+def test_what_does_not_fit_into_a_page_is_left_out(small, monkeypatch):
+    model, images = small
+    one = BLOCKS * HEADS * (1 + ROWS * COLUMNS) ** 2
+    monkeypatch.setattr("keras_vit.reporting.explorer.BUDGET", 2 * one + 1)
+    assert len(pack(model, images, list("abcd"))["images"]) == 2
+    monkeypatch.setattr("keras_vit.reporting.explorer.BUDGET", one - 1)
+    with pytest.raises(ValueError, match=f"Received: {one}"):
+        pack(model, images, list("abcd"))
+    assert BUDGET * 4 / 3 < 5 * 2**20  # In base64, and the report's pictures beside it.
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+    return place / "run"
+
+
+def test_the_report_follows_the_nine_points_with_the_runs_numbers(run, open_page):
+    metrics = json.loads((run / "metrics.json").read_text())
+    page = open_page(run / "report.html", viewport={"width": 1200, "height": 900})
+    assert page.locator("main > section").count() == len(SECTIONS) == 9
+    headline = page.locator(".headline").inner_text()
+    assert f"{metrics['accuracy']:.2%}" in headline
+    assert f"{metrics['parameters']:,}" in headline
+    training = page.locator("#training").inner_text()
+    assert "to a tenth after epochs 1, 2" in training and "AdamW" in training
+    row = page.locator("#results tr").nth(3).inner_text().split()
+    assert row[:2] == ["blå", f"{metrics['per_class']['blå']['precision']:.3f}"]
+    images = page.evaluate("[...document.images].map(x => x.naturalWidth)")
+    assert len(images) == 7 + 12 + 1 and min(images) > 0
+    assert page.locator(".thumbnails button").count() == 12
+    assert (run / "report.html").stat().st_size < 6 * 2**20
+
+
+def test_the_source_is_shown_as_it_is(run, open_page):
+    page = open_page(run / "report.html")
+    fold = page.locator("#patches details")
+    assert not fold.locator("pre").is_visible()
+    fold.locator("summary").click()
+    source = (pathlib.Path(keras_vit.__file__).parent / "layers" / "patches.py").read_text()
+    assert fold.locator("pre").inner_text().strip() in source
+    assert "class Patches" in fold.locator("pre").inner_text()
+
+
+@pytest.mark.parametrize("name", ["wide", "phone", "dark"])
+def test_the_report_fits_every_screen(run, open_page, name):
+    settings = {
+        "wide": {"viewport": {"width": 1200, "height": 900}},
+        "phone": {"viewport": {"width": 390, "height": 844}},
+        "dark": {"viewport": {"width": 1200, "height": 900}, "color_scheme": "dark"},
+    }
+    page = open_page(run / "report.html", **settings[name])
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", ground)))
+    assert brightness < 150 if name == "dark" else brightness > 700
+    if SCREENSHOTS:
+        page.screenshot(path=pathlib.Path(SCREENSHOTS) / f"report-{name}.png", full_page=True)
+
+
+def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, tmp_path):
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    before = (again / "report.html").read_text(encoding="utf-8")
+    assert main.main(["report", str(again)]) == 0
+    after = (again / "report.html").read_text(encoding="utf-8")
+    numbers = r"<strong>[^<]*</strong>"
+    assert re.findall(numbers, before) == re.findall(numbers, after)
+    assert before.count("data:image/png") == after.count("data:image/png") == 7 + 12
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)  # Once is enough.
+    # Another report, another checksum.
+    sums = dict(line.split()[::-1] for line in (again / "SHA256SUMS").read_text().splitlines())
+    content = (again / "report.html").read_bytes()
+    assert sums["report.html"] == hashlib.sha256(content).hexdigest()
+    assert main.main(["report", str(again), "--language", "pl"]) == 0
+    page = open_page(again / "report.html")
+    assert page.locator("html").get_attribute("lang") == "pl"
+    assert "Cięcie obrazu na łatki" in page.locator("#patches h2").inner_text()
+    assert re.search(r"\d,\d\d%", page.locator(".headline").inner_text())
+    assert "token klasy" in page.locator("#query").inner_text()
+
+
+def test_both_languages_say_the_same_things():
+    folder = pathlib.Path(report.__file__).parent / "templates"
+
+    def shape(value):
+        if isinstance(value, dict):
+            return {key: shape(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [shape(inner) for inner in value]
+        return sorted(re.findall(r"\{\{?.*?\}", value))
+
+    english, polish = (
+        shape(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
+        for name in ("en", "pl")
+    )
+    assert english == polish
+
+
+def test_a_report_wants_a_finished_run(capsys, run, tmp_path):
+    assert main.main(["report", str(tmp_path)]) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "metrics.json").unlink()
+    assert main.main(["report", str(tmp_path / "run")]) == 2
+    assert "holds no finished run" in capsys.readouterr().err

@@ -1,0 +1,357 @@
+"""A run that is killed anywhere, or finds its files damaged, loses nothing: `pytest -m faults`.
+
+Runs are children of a server that has imported Keras already, so that a start takes seconds.
+Every checkpoint notes a digest of its arrays: after a kill, the same step must come out with the
+same bits as in a run that was left alone.
+"""
+
+import collections
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import keras
+import numpy as np
+import pytest
+from conftest import FAULTS
+
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="for systems with fork and SIGKILL"),
+    pytest.mark.skipif(
+        keras.backend.backend() == "torch", reason="exact on TensorFlow and JAX alone"
+    ),
+]
+
+KILLS = 15  # Of each of two runs
+EPOCHS, STEPS, SAVE_EVERY = 8, 12, 2  # 96 images in batches of 8
+SIZES = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--patch-size=8"]
+DATA = ["--dataset=digits", "--limit-train=96", "--batch-size=8", "--validation=20"]
+
+context = multiprocessing.get_context("forkserver")
+# TensorFlow even on JAX: `keras.utils.set_random_seed` imports it where it is installed.
+context.set_forkserver_preload(
+    ["keras_vit.reporting.figures", "keras_vit.training", "sklearn.datasets", "tensorflow"]
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Without one, each child on JAX compiles the same programs anew."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def run(folder, epochs, die_at, output):
+    """What a child does: `train.py` in a folder; dies at the so-manieth write if asked to."""
+    from keras_vit.training import checkpoints
+    from keras_vit_cli import main, train
+
+    output = os.open(output / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    save = checkpoints.save
+
+    def noted(place, checkpoint):
+        save(place, checkpoint)
+        digest = hashlib.sha256()
+        for array in checkpoint.arrays.values():
+            digest.update(np.ascontiguousarray(array))
+        with open(folder / "notes.txt", "a") as notes:
+            notes.write(f"{checkpoint.epoch} {checkpoint.batch} {digest.hexdigest()}\n")
+
+    checkpoints.save = noted
+    train.draw = lambda *_: None  # Pictures take seconds and are tested elsewhere.
+    if die_at:
+        _die_at(die_at)
+    arguments = [f"--epochs={epochs}", f"--save-every={SAVE_EVERY}", *DATA, *SIZES]
+    places = [f"--output={folder / 'run'}", f"--figures-dir={folder / 'figures'}"]
+    os._exit(main.train([*arguments, *places]))
+
+
+def _die_at(count):
+    """Kills this process in the midst of its so-manieth flush or rename."""
+    calls = iter(range(1, 10**9))
+
+    def deadly(function):
+        def call(*arguments):
+            if next(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+
+
+def start(folder, epochs=EPOCHS, die_at=None, output=None):
+    folder.mkdir(exist_ok=True)
+    process = context.Process(target=run, args=(folder, epochs, die_at, output or folder))
+    process.start()
+    return process
+
+
+def finish(folder, status=0, **options):
+    process = start(folder, **options)
+    process.join(240)
+    assert process.exitcode == status, (folder / "output.txt").read_text()[-3000:]
+
+
+def is_finished(folder):
+    run = folder / "run"
+    return (run / "metrics.json").exists() and not any(run.glob("checkpoints/*.checkpoint"))
+
+
+def notes(folder):
+    path = folder / "notes.txt"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def kill_after(folder, count, **options):
+    """Starts a run and kills it once it has written so many checkpoints."""
+    process = start(folder, **options)
+    wait_for_notes(process, folder, count)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def wait_for_notes(process, folder, count):
+    deadline = time.monotonic() + 120
+    while len(notes(folder)) < count and time.monotonic() < deadline and process.is_alive():
+        time.sleep(0.002)
+
+
+def result(folder):
+    """Everything that must not depend on what happened on the way."""
+    metrics = json.loads((folder / "run" / "metrics.json").read_text())
+    numbers = {key: metrics[key] for key in ("accuracy", "loss", "per_class", "epochs")}
+    models = {
+        name: [x.tolist() for x in keras.saving.load_model(folder / "run" / name).get_weights()]
+        for name in ("model.keras", "best.keras")
+    }
+    return numbers, (folder / "run" / "history.csv").read_text(), models
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """For a number of epochs, the notes and the result of a run that is left alone."""
+    known = {}
+
+    def of(epochs):
+        if epochs not in known:
+            folder = tmp_path_factory.mktemp(f"undisturbed-{epochs}")
+            finish(folder, epochs=epochs)
+            digests = {(epoch, batch): digest for epoch, batch, digest in notes(folder)}
+            known[epochs] = digests, result(folder), folder
+        return known[epochs]
+
+    return of
+
+
+def lost_epochs(folder):
+    """Most epochs that a kill cost: between the last checkpoint before and the first after it."""
+    steps = [int(epoch) * STEPS + int(batch) for epoch, batch, _ in notes(folder)]
+    back = [before + SAVE_EVERY - after for before, after in zip(steps, steps[1:])]
+    return max(back, default=0) // STEPS
+
+
+def assert_nothing_lost(folder, undisturbed, epochs):
+    digests, expected, _ = undisturbed(epochs)
+    for epoch, batch, digest in notes(folder):
+        assert digest == digests[epoch, batch], f"epoch {epoch}, batch {batch} differs"
+    assert result(folder) == expected
+    assert not list((folder / "run").rglob(".part-*"))
+
+
+def two_at_a_time(function, items):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(pool.map(function, items))
+
+
+def kill_often(folder, seed):
+    """Kills a run again and again, and lets it end; returns how often."""
+    luck = random.Random(seed)
+    for kills in range(KILLS):
+        process = start(folder)
+        before = len(notes(folder))
+        # Some die before they learn anything, most soon after a checkpoint or within one.
+        wanted = before + luck.choice([0, 1, 1, 2, 3])
+        wait_for_notes(process, folder, wanted)
+        time.sleep(luck.uniform(0, 0.05) if wanted > before else luck.uniform(0, 4))
+        if not process.is_alive():
+            return kills
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+    if not is_finished(folder):
+        finish(folder)
+    return KILLS
+
+
+def test_kills_at_random_moments(undisturbed, tmp_path):
+    undisturbed(EPOCHS)
+    folders = [tmp_path / "first", tmp_path / "second"]
+    kills = two_at_a_time(lambda folder: kill_often(folder, folder.name), folders)
+    assert kills == [KILLS, KILLS], "the runs were over too early: make them longer"
+    for folder in folders:
+        assert_nothing_lost(folder, undisturbed, EPOCHS)
+    lost = max(lost_epochs(folder) for folder in folders)
+    FAULTS["kills at random moments"] = (sum(kills), sum(kills), lost, 0)
+
+
+def test_a_kill_inside_every_write(undisturbed, tmp_path):
+    """One epoch of two checkpoints, its numbers and its model: each flush and rename in turn."""
+    undisturbed(1)
+
+    def is_reached(count):
+        folder = tmp_path / str(count)
+        process = start(folder, epochs=1, die_at=count)
+        process.join(120)
+        if process.exitcode == 0:
+            return False
+        assert process.exitcode == -signal.SIGKILL, (folder / "output.txt").read_text()[-2000:]
+        if not is_finished(folder):
+            finish(folder, epochs=1)
+        assert_nothing_lost(folder, undisturbed, 1)
+        shutil.rmtree(folder)
+        return True
+
+    died = 0
+    for first in range(1, 200, 2):
+        reached = two_at_a_time(is_reached, [first, first + 1])
+        died += sum(reached)
+        if not all(reached):
+            break
+    assert died > 20
+    FAULTS["kills inside a write"] = (died, died, 0, 0)
+
+
+def flipped(content):
+    """With another bit in the middle; of settings, in the first letter, whatever their length."""
+    at = content.find(b'"') + 1 if content[:1] == b"{" else len(content) // 2
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage", [flipped, lambda content: content[: len(content) // 2]], ids=["flipped", "cut off"]
+)
+def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
+    """Whatever file is hit, the run goes on to the same end, or says which file to give up."""
+    source = tmp_path / "source"
+    kill_after(source, STEPS // SAVE_EVERY + 4, epochs=3)
+    undisturbed(3)
+    files = (path for path in (source / "run").rglob("*") if path.is_file())
+    paths = sorted(path for path in files if not path.name.startswith("."))
+
+    def survives(path):
+        folder = tmp_path / f"damaged-{path.name}"
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("output.txt"))
+        victim = folder / "run" / path.relative_to(source / "run")
+        victim.write_bytes(damage(victim.read_bytes()))
+        process = start(folder, epochs=3)
+        process.join(240)
+        if process.exitcode == 0:
+            assert_nothing_lost(folder, undisturbed, 3)
+            return True
+        last = last_line(folder)
+        assert process.exitcode == 2, last
+        assert last.startswith("error: ") and path.name in last
+        # Nothing else holds what these held.
+        assert path.name in ("best.keras", "config.json"), last
+        return False
+
+    tried, survived = len(paths), sum(two_at_a_time(survives, paths))
+    assert tried >= 4
+    name = f"files {'flipped' if damage is flipped else 'cut off'}"
+    FAULTS[name] = (tried, survived, 0, tried)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own that has room for little more than one checkpoint."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def remount(folder, options):
+    subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def last_line(folder):
+    return (folder / "output.txt").read_text().strip().splitlines()[-1]
+
+
+def test_a_disk_that_is_full(undisturbed, small_disk):
+    finish(small_disk, status=1, epochs=1)
+    assert last_line(small_disk).startswith("error: ")
+    assert "No space left on device" in last_line(small_disk)
+    remount(small_disk, "size=50m")
+    finish(small_disk, epochs=1)
+    assert_nothing_lost(small_disk, undisturbed, 1)
+    FAULTS["full disk"] = (1, 1, 0, 0)
+
+
+def test_a_disk_that_has_become_read_only(undisturbed, small_disk, tmp_path):
+    remount(small_disk, "size=50m")
+    kill_after(small_disk, 4, epochs=3)
+    remount(small_disk, "ro")
+    process = start(small_disk, epochs=3, output=tmp_path)
+    process.join(120)
+    assert process.exitcode == 2
+    assert last_line(tmp_path).endswith("cannot be written to: Read-only file system")
+    remount(small_disk, "rw")
+    finish(small_disk, epochs=3)
+    assert_nothing_lost(small_disk, undisturbed, 3)
+    FAULTS["read-only disk"] = (1, 1, 0, 0)
+
+
+def test_a_folder_that_is_removed(tmp_path):
+    folder = tmp_path / "here"
+    process = start(folder, epochs=EPOCHS, output=tmp_path)
+    wait_for_notes(process, folder, 4)
+    folder.rename(tmp_path / "elsewhere")
+    process.join(120)
+    assert process.exitcode == 1
+    assert last_line(tmp_path).startswith("error: ")
+    assert "No such file or directory" in last_line(tmp_path)
+
+
+def test_open_files_and_memory_do_not_grow(tmp_path):
+    """200 epochs of a tiny run in this process."""
+    from test_training import colours, small_recipe
+
+    from keras_vit import training
+    from keras_vit.training import fitting
+
+    dataset, seen = colours(48), collections.defaultdict(list)
+
+    class Watcher(fitting.Journal):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            self._written.result()
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            seen["pages"].append(pages)
+            seen["files"].append(len(os.listdir("/proc/self/fd")))
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(fitting, "Journal", Watcher)
+    try:
+        recipe = small_recipe(epochs=200)
+        model = training.build_model(dataset, recipe)
+        training.fit(model, dataset, recipe, run_dir=tmp_path)
+    finally:
+        patch.undo()
+    assert seen["pages"][-1] < 1.05 * seen["pages"][4]
+    assert max(seen["files"][4:]) <= seen["files"][4]
