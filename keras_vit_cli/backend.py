@@ -45,10 +45,12 @@ def quiet():
         try:
             yield
         except ModuleNotFoundError as error:  # Of the backend that Keras's own settings choose.
-            raise CommandError(
-                f"package {error.name} is missing: try `pip install {error.name}`, or another "
-                "--backend"
-            ) from error
+            installed = [name for name in BACKENDS if importlib.util.find_spec(name)]
+            if error.name not in BACKENDS or not installed:
+                advice = f"try `pip install {error.name}`"
+            else:
+                advice = f"try `pip install {error.name}`, or --backend {installed[0]}"
+            raise CommandError(f"package {error.name} is missing: {advice}") from error
         except BaseException:
             held.seek(0)
             os.write(stderr, held.read())

@@ -46,8 +46,10 @@ class Dataset:
 
     Attributes:
         name: string, the source.
-        train_images, test_images: uint8 arrays `(N, H, W, C)`, 0 to 255.
-        train_labels, test_labels: int64 arrays `(N,)`, 0 to `len(class_names) - 1`.
+        train_images: uint8 array `(N, H, W, C)`, 0 to 255.
+        train_labels: int64 array `(N,)`, 0 to `len(class_names) - 1`.
+        test_images: like `train_images`.
+        test_labels: like `train_labels`.
         class_names: list of strings.
         horizontal_flip: bool, whether a mirrored image keeps its class.
         validation: pair `(images, labels)` to validate on, if the source sets some apart.

@@ -37,7 +37,7 @@ def _builder(source, data_dir):
     except ImportError as error:
         raise DatasetError(
             f"{source!r} is no folder of images, and sets of TensorFlow Datasets need packages "
-            f"that are missing ({first_line(error)}): try `pip install tensorflow-datasets`"
+            f"that are missing ({first_line(error)}): try `pip install tensorflow tensorflow-datasets`"
         ) from error
     try:
         return tfds.builder(source, data_dir=data_dir)

@@ -26,9 +26,6 @@ class Normalization(keras.layers.Layer):
     Output shape:
         The same, in the dtype that the layer computes in.
 
-    Args:
-        **kwargs: base layer keyword arguments, such as `name` and `dtype`.
-
     Attributes:
         mean: weight `(C,)`, 0 before `adapt`.
         variance: weight `(C,)`, 1 before `adapt`.

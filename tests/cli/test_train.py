@@ -60,8 +60,10 @@ def test_a_backend_that_is_not_installed_says_what_to_install(capsys, monkeypatc
     assert "pip install jax" in capsys.readouterr().err
 
 
-def test_a_backend_of_keras_s_own_choice_that_is_missing_is_one_line():
-    wanted = "pip install tensorflow`, or another --backend"
+@pytest.mark.parametrize("installed", ["jax", None])
+def test_a_backend_of_keras_s_own_choice_that_is_missing_is_one_line(installed, monkeypatch):
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: name == installed)
+    wanted = "try `pip install tensorflow`" + (", or --backend jax" if installed else "$")
     with pytest.raises(CommandError, match=wanted), backend.quiet():
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 

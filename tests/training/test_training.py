@@ -7,7 +7,15 @@ import pytest
 from conftest import cifar10_on_disk
 
 from keras_vit.data import Batches, Dataset, batches
-from keras_vit.training import build_model, compile_model, fit, fitting, schedules, step_schedule
+from keras_vit.training import (
+    build_model,
+    compile_model,
+    fit,
+    fitting,
+    operations,
+    schedules,
+    step_schedule,
+)
 from keras_vit.training.journal import Journal
 from keras_vit_cli.recipes import RECIPES
 
