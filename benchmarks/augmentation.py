@@ -1,4 +1,4 @@
-"""The layers that vary images, beside what else does the same to a batch.
+"""The augmentation layers, beside what else does the same to a batch.
 
 `python -m benchmarks.augmentation` measures `RandomResizedCrop` on a batch of 128 images of 32x32
 and on one of 64 of 224x224, and `TrivialAugment` on the former, each contestant compiled by

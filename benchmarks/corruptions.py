@@ -18,7 +18,7 @@ from keras_vit.files import write_json
 
 
 def noisy(images, deviation):
-    """Adds normal noise; its standard deviation is a share of the range of pixels."""
+    """Adds normal noise; its standard deviation is a fraction of the range of pixels."""
     noise = np.random.default_rng(0).normal(scale=255 * deviation, size=images.shape)
     return pixels(images + noise)
 
@@ -28,10 +28,10 @@ def blurred(images, radius):
     return pixels(ndimage.gaussian_filter(images.astype("float32"), (0, radius, radius, 0)))
 
 
-def pale(images, share):
-    """Leaves a share of each pixel's distance to the mean of its image and channel."""
+def pale(images, fraction):
+    """Leaves a fraction of each pixel's distance to the mean of its image and channel."""
     mean = images.mean(axis=(1, 2), keepdims=True)
-    return pixels(mean + share * (images - mean))
+    return pixels(mean + fraction * (images - mean))
 
 
 def compressed(images, quality):

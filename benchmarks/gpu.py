@@ -46,7 +46,7 @@ def main():
     rows += [summary(run)]
     print(rows[-1])
     if device is None:
-        print("Nothing written: these are no numbers of a GPU.")
+        print("Nothing written: this was not measured on a GPU.")
         return
     packages = ("keras", "jax", "torch")
     content = {
@@ -101,13 +101,13 @@ def table(results, options):
             continue
         seconds = statistics.median(result["seconds"])
         speed = options.images / seconds
-        share = f"{speed * contestants.operations_per_image() / peak:.0%}" if peak else "-"
+        utilization = f"{speed * contestants.operations_per_image() / peak:.0%}" if peak else "-"
         faster = "-"
         if "error" not in results[ours]:
             times = side_by_side.ratio(results, ours, name)
             faster = "{:.2f} ({:.2f} to {:.2f})".format(times["median"], *times["quartiles"])
         rows.append(
-            f"{name:20} {seconds:8.2f} {speed:10,.0f} {result['gpu_mib']:8.0f} {share:>10}  "
+            f"{name:20} {seconds:8.2f} {speed:10,.0f} {result['gpu_mib']:8.0f} {utilization:>10}  "
             f"{faster}"
         )
     return rows

@@ -1,7 +1,7 @@
 """The published runs: kept in `results/`, shown in the README's table and in one picture.
 
 `python -m benchmarks.results` rebuilds both from `results/<recipe>/seed-<n>/`;
-`python -m benchmarks.results --add RUN` first takes over the numbers of a finished run folder.
+`python -m benchmarks.results --add RUN` first copies the metrics of a finished run directory.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main():
 
 
 def add(run_dir):
-    """Copies settings, history and numbers of a run, without its places; returns the new folder."""
+    """Copies settings, history and metrics of a run; returns the new folder."""
     run = run_of(run_dir)
     config, metrics = run["config"], run["metrics"]
     if metrics["dataset"] != "cifar10":
@@ -157,13 +157,14 @@ def epochs_of(run):
 
 def flop(run):
     """Floating point operations of a run's training on CIFAR-10."""
-    from keras_vit.training import operations
+    from keras_vit.training import costs_of_epochs
 
     config = run["config"]
     changed = {x.name: config[x.name] for x in RECIPE_OPTIONS if x.name in config}
+    changed["epochs"] = run["metrics"]["epochs"]
     recipe = dataclasses.replace(RECIPES[config["recipe"]], **changed)
     images = config.get("limit_train") or 50_000 - config.get("validation", 0)
-    return images * run["metrics"]["epochs"] * operations(recipe, (32, 32, 3))
+    return images * sum(costs_of_epochs(recipe, (32, 32, 3)))
 
 
 def spread(values):

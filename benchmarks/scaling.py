@@ -289,9 +289,9 @@ def _draw_growth(axes, sweep, rows, cost, per_image=False):
     rows = [row for row in rows if "error" not in row]
     sizes = [row["sizes"][sweep] for row in rows]
     batches = np.array([row["sizes"]["batch"] for row in rows])
-    share = batches / BASELINE.batch if per_image else 1
-    line = np.array([row[cost]["predicted"] for row in rows]) / share
-    middle = np.array([row[cost]["median"] for row in rows]) / share
+    per_image_factor = batches / BASELINE.batch if per_image else 1
+    line = np.array([row[cost]["predicted"] for row in rows]) / per_image_factor
+    middle = np.array([row[cost]["median"] for row in rows]) / per_image_factor
     axes.plot(sizes, line, color="tab:gray", label="arithmetic")
     band = f"up to {TARGET} times"
     axes.fill_between(sizes, line, TARGET * line, color="tab:gray", alpha=0.2, lw=0, label=band)

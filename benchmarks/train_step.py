@@ -92,12 +92,12 @@ def table(results, product, batch_size):
             continue
         seconds = statistics.median(result["seconds"])
         speed = batch_size / seconds
-        share = f"{speed * contestants.operations_per_image() / peak:.0%}" if peak else "-"
+        utilization = f"{speed * contestants.operations_per_image() / peak:.0%}" if peak else "-"
         times = side_by_side.ratio(results, first, name)
         low, high = times["quartiles"]
         rows.append(
             f"{name:24} {1e3 * seconds:6.0f} {speed:9.1f} {result['peak_mib']:6.0f} "
-            f"{result['added_mib']:6.0f} {share:>11}  "
+            f"{result['added_mib']:6.0f} {utilization:>11}  "
             f"{times['median']:.2f} ({low:.2f} to {high:.2f})"
         )
     return rows

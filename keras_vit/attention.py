@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_vit.model import VisionTransformer
-from keras_vit.validation import share_below_one
+from keras_vit.validation import fraction_below_one
 
 BATCH_SIZE = 64
 
@@ -15,17 +15,17 @@ BATCH_SIZE = 64
 def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     """Attention of every head of every block of a model.
 
-    The model runs once, in inference, and each attention layer returns its scores from that
-    call: masks, causal attention and cross-attention are in them. A layer that the model calls
-    several times counts as a block each time.
+    The model runs once, in inference mode, and each attention layer returns the scores of that
+    call, so that masks, causal attention and cross-attention are accounted for. A layer that the
+    model calls several times counts as one block per call.
 
-    The last block of a `VisionTransformer` computes no more tokens than its head reads. Here all of
-    its tokens are queries, so that its matrix has the rows of the other blocks.
+    The last block of a `VisionTransformer` computes only the tokens that its head reads. Here all
+    tokens are queries, so that its matrix has as many rows as those of the other blocks.
 
     Args:
-        model: a `VisionTransformer`, fresh from training or loaded from a file, or another
-            functional model whose attention layers (`keras.layers.MultiHeadAttention` and others
-            with its `return_attention_scores`) stand in its own graph, not inside other layers.
+        model: a `VisionTransformer`, or another functional model whose attention layers
+            (`keras.layers.MultiHeadAttention` and others that take `return_attention_scores`) are
+            nodes of its own graph, not nested in other layers.
         images: array `(B, H, W, C)` of raw pixels, as the model takes them; a list or dictionary of
             arrays for a model with several inputs.
 
@@ -36,9 +36,10 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
         tokens: the class token, if it has one, then the patches, row by row.
 
     Raises:
-        ValueError: if the model has no attention layer; if one lies inside another layer, cannot
-            return its scores, or returns them in another shape than `(B, A, T, S)` or than the
-            blocks before it; or if the model takes images of another shape.
+        ValueError: if the model has no attention layer; if an attention layer is nested in another
+            layer, cannot return its scores, or returns them in a shape other than `(B, A, T, S)`
+            or other than that of the previous blocks; or if the images do not have the model's
+            input shape.
     """
     _check_graph(model)
     if len(model.inputs) == 1 and not isinstance(images, dict):
@@ -48,8 +49,8 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     fits = len(shapes) == len(expected) and all(map(_fits, shapes, expected))
     if not fits or 0 in shapes[0] or len({len(x) for x in inputs}) > 1:
         raise ValueError(
-            f"Expected `images` of shape {_alone(expected)} with at least one of them. "
-            f"Received: images.shape={_alone(shapes)}"
+            f"Expected `images` to be non-empty and of shape {_unpack_single(expected)}. "
+            f"Received: images.shape={_unpack_single(shapes)}"
         )
     starts = range(0, len(inputs[0]), BATCH_SIZE)
     batches = ([x[start : start + BATCH_SIZE] for x in inputs] for start in starts)
@@ -62,27 +63,25 @@ def attention_rollout(
     discard_ratio: float = 0.0,
     class_token: bool = True,
 ) -> np.ndarray:
-    """Follows attention through all blocks (Abnar & Zuidema, 2020).
+    """Attention Rollout: follows attention through all blocks (Abnar & Zuidema, 2020).
 
     In each block the heads are fused into one matrix, which is averaged with the identity for the
-    residual connection; its rows are scaled to sum to one. The product of these matrices, from
-    the first block to the last, tells how much each token of the input weighs in each token of
-    the output.
+    residual connection; its rows are normalized to sum to one. The product of these matrices,
+    from the first block to the last, is the weight of each input token in each output token.
 
     Args:
-        scores: array `(B, L, A, T, T)`, as `attention_scores` returns it for self-attention: the
-            matrices must be square.
+        scores: array `(B, L, A, T, T)` of self-attention, as returned by `attention_scores`.
         head_fusion: `"mean"`, `"max"` or `"min"` over the heads.
         discard_ratio: float in [0, 1), fraction of the entries of each fused matrix that are set
             to zero, the smallest first.
         class_token: bool, whether token 0 is a class token; attention to it is never discarded.
 
     Returns:
-        Array `(B, T, T)`; each row sums to one. `patch_weights` has what the head reads of it.
+        Array `(B, T, T)`; each row sums to one. `patch_weights` extracts what the head reads.
 
     Raises:
-        ValueError: if the scores have another shape or hold no finite, non-negative numbers, or
-            if an option lies outside its range.
+        ValueError: if the scores have another shape or are not finite and non-negative, or if
+            an option is out of range.
     """
     scores = np.asarray(scores)
     if scores.ndim != 5 or 0 in scores.shape:
@@ -92,23 +91,23 @@ def attention_rollout(
         )
     if scores.shape[-1] != scores.shape[-2]:
         raise ValueError(
-            "Expected `scores` of self-attention, (batch, blocks, heads, tokens, tokens): a "
-            "rollout multiplies square matrices, and those of cross-attention have other queries "
-            f"than keys. Received: scores.shape={scores.shape}"
+            "Expected `scores` of self-attention, (batch, blocks, heads, tokens, tokens): the "
+            "matrices of a rollout must be square, and cross-attention has different queries and "
+            f"keys. Received: scores.shape={scores.shape}"
         )
     if not np.issubdtype(scores.dtype, np.floating):
         scores = scores.astype("float32")
     if not np.isfinite(scores).all() or (scores < 0).any():
         raise ValueError(
-            "Expected `scores` to be finite and non-negative. Received: numbers from "
-            f"{scores.min()} to {scores.max()}"
+            "Expected `scores` to be finite and non-negative. "
+            f"Received: scores from {scores.min()} to {scores.max()}"
         )
     if head_fusion not in ("mean", "max", "min"):
         raise ValueError(
             "Expected `head_fusion` to be 'mean', 'max' or 'min'. "
             f"Received: head_fusion={head_fusion!r}"
         )
-    share_below_one("discard_ratio", discard_ratio)
+    fraction_below_one("discard_ratio", discard_ratio)
 
     identity = np.eye(scores.shape[-1], dtype=scores.dtype)
     rollout = np.broadcast_to(identity, scores[:, 0, 0].shape)
@@ -121,24 +120,24 @@ def attention_rollout(
 
 
 def patch_weights(rollout: np.ndarray, class_token: bool = True) -> np.ndarray:
-    """How much each patch weighs in what the head of a `VisionTransformer` reads.
+    """The weight of each patch in what the head of a `VisionTransformer` reads.
 
-    With a class token, that is the token's row of the rollout. A model with `pooling="mean"` has
-    none: its head reads the mean of the patches' tokens, whose weights are the mean of their rows.
+    With a class token, that is the row of the class token. With `pooling="mean"`, the head reads
+    the mean of all patch tokens: the weights are the mean of their rows.
 
     Args:
-        rollout: array `(B, T, T)`, as `attention_rollout` returns it.
+        rollout: array `(B, T, T)`, as returned by `attention_rollout`.
         class_token: bool, whether token 0 is a class token.
 
     Returns:
-        Array `(B, N)`, one weight for each patch, row by row. They sum to one, or with a class
-        token to one less its own weight.
+        Array `(B, N)`, one weight for each patch, row by row. They sum to one; with a class
+        token, to one minus the weight of the class token.
     """
     return rollout[:, 0, 1:] if class_token else rollout.mean(axis=1)
 
 
 def _check_graph(model):
-    """Refuses a model whose attention cannot be followed call by call."""
+    """Raises a `ValueError` for a model whose attention scores cannot be collected."""
     if not any(map(_is_attention, _layers_inside(model))):
         raise ValueError(
             "Expected a model with `MultiHeadAttention` layers in its graph. "
@@ -147,9 +146,9 @@ def _check_graph(model):
     for layer in model.layers:
         if not _is_attention(layer) and any(map(_is_attention, _layers_inside(layer))):
             raise ValueError(
-                "Expected every attention layer to stand in the model's own graph. Received: "
-                f"model={model.name!r}, whose layer {layer.name!r} has attention inside. If that "
-                f"is a model, pass `model.get_layer({layer.name!r})` and what it takes"
+                "Expected every attention layer to be a node of the model's own graph. Received: "
+                f"model={model.name!r}, whose layer {layer.name!r} contains attention. If that "
+                f"layer is a model, pass `model.get_layer({layer.name!r})` and its inputs"
             )
     if not isinstance(model, keras.Function):
         raise ValueError(
@@ -176,7 +175,7 @@ def _fits(shape, expected):
     return len(shape) == len(expected) and all(b in (a, None) for a, b in zip(shape, expected))
 
 
-def _alone(items):
+def _unpack_single(items):
     return items[0] if len(items) == 1 else items
 
 
@@ -184,7 +183,7 @@ def _scores_of_batch(model, inputs):
     """Attention scores `(B, L, A, T, S)` of one batch, from a run of the model's graph."""
     blocks = []
 
-    def noting(operation):
+    def recording(operation):
         def call(*args, **kwargs):
             if _takes(operation, "training"):
                 kwargs["training"] = False
@@ -192,17 +191,17 @@ def _scores_of_batch(model, inputs):
                 return operation(*args, **kwargs)
             if isinstance(model, VisionTransformer):
                 args = args[1], args[1]
-            wants_scores = kwargs.pop("return_attention_scores", False)
+            returns_scores = kwargs.pop("return_attention_scores", False)
             outputs, scores = _outputs_and_scores(operation, args, kwargs)
             shape = tuple(getattr(scores, "shape", ()))
             _check_shape(operation.name, shape, len(inputs[0]), blocks)
             blocks.append(ops.convert_to_numpy(scores).astype("float32"))
-            return (outputs, scores) if wants_scores else outputs
+            return (outputs, scores) if returns_scores else outputs
 
         return call
 
     tensors = [ops.convert_to_tensor(x, y.dtype) for x, y in zip(inputs, model.inputs)]
-    model._run_through_graph(tensors, operation_fn=noting)
+    model._run_through_graph(tensors, operation_fn=recording)
     return np.stack(blocks, axis=1)
 
 
@@ -232,7 +231,7 @@ def _check_shape(name, shape, batch_size, blocks):
 
 
 def _discard(attention, ratio, class_token):
-    """Zeroes the smallest entries of each matrix `(B, T, T)`, but for a class token's column."""
+    """Zeroes the smallest entries of each matrix `(B, T, T)`, except in a class token's column."""
     batch, tokens, _ = attention.shape
     count = int(tokens * tokens * ratio)
     if count == 0:

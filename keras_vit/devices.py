@@ -1,4 +1,4 @@
-"""What Keras computes on, and what that can do."""
+"""The devices that Keras computes on, and the dtypes that they support."""
 
 import math
 import pathlib
@@ -10,14 +10,14 @@ from keras import ops
 
 def accelerators():
     """Names of the GPUs or TPUs that Keras's backend computes on, such as `["gpu:0"]`."""
-    if keras.backend.backend() == "torch":  # Keras lists no devices there.
+    if keras.backend.backend() == "torch":  # Keras does not list its devices.
         import torch
 
         device = torch.accelerator.current_accelerator()
         if device is None or not torch.accelerator.is_available():
             return []
         return [f"{device.type}:{index}" for index in range(torch.accelerator.device_count())]
-    # Asked for GPUs by name, JAX raises where there are none.
+    # `list_devices("gpu")` raises on JAX if there is no GPU.
     return [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
 
 
@@ -27,22 +27,22 @@ def on_jax_accelerator():
 
 
 def operations_per_second(dtype="float32", side=2048, repeats=3):
-    """How fast the device multiplies matrices of a dtype: floating point operations a second.
+    """Throughput of matrix products on the device, in floating point operations per second.
 
     Takes a fraction of a second.
     """
-    factor, best = ops.ones((side, side), dtype), math.inf
-    for _ in range(repeats + 1):  # The first one compiles.
+    matrix, fastest = ops.ones((side, side), dtype), math.inf
+    for _ in range(repeats + 1):  # The first run compiles.
         start = time.perf_counter()
-        ops.convert_to_numpy(ops.cast(ops.matmul(factor, factor)[0, 0], "float32"))
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+        ops.convert_to_numpy(ops.cast(ops.matmul(matrix, matrix)[0, 0], "float32"))
+        fastest = min(fastest, time.perf_counter() - start)
+    return 2 * side**3 / fastest
 
 
 def precisions():
-    """Names of the dtypes that the device has instructions for, `"float32"` in front.
+    """Names of the dtypes that the device supports in hardware, `"float32"` first.
 
-    A training step in any other dtype is slower than one in float32.
+    A training step in any other dtype is slower than in float32.
     """
     float16 = ["float16"] if accelerators() and _oldest_nvidia_architecture() >= 7 else []  # Volta
     return ["float32", *(["bfloat16"] if _has_bfloat16() else []), *float16]
@@ -54,12 +54,12 @@ def _has_bfloat16():
     try:
         flags = set(pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     except OSError:
-        return True  # Not Linux: unknown.
+        return True  # Not Linux: support is unknown.
     return bool(flags & {"amx_bf16", "avx512_bf16", "bf16"})
 
 
 def _oldest_nvidia_architecture():
-    """Major compute capability of the oldest NVIDIA GPU; infinite where there is none."""
+    """Major compute capability of the oldest NVIDIA GPU; infinite if there is none."""
     backend, majors = keras.backend.backend(), [math.inf]
     if backend == "torch":
         import torch

@@ -1,4 +1,4 @@
-"""Trained models as files for other runtimes, and those runtimes run on them, to compare."""
+"""Exporting trained models to other runtimes, and comparing their outputs with those of Keras."""
 
 import math
 import typing
@@ -11,12 +11,12 @@ from keras_vit.reporting.metrics import predict
 
 
 class Format(typing.NamedTuple):
-    """A format that `write` knows.
+    """An export format of `write`.
 
     Attributes:
-        keras_name: string, what `keras.Model.export` calls it.
-        suffix: string, how its files end; empty where it is a folder.
-        packages: names of the modules that write and run it, beside TensorFlow.
+        keras_name: string, its name in `keras.Model.export`.
+        suffix: string, suffix of its files; empty if it is a folder.
+        packages: names of the modules that it needs besides TensorFlow.
     """
 
     keras_name: str
@@ -43,8 +43,8 @@ def served(model):
         A `keras.Model` from float32 `(B, H, W, C)`, 0 to 255, to `(B, num_classes)`; each row
         sums to one.
     """
-    varying = _varying(model)
-    bare = type(model).from_config({**model.get_config(), "augmentation": varying})
+    preprocessing = _preprocessing(model)
+    bare = type(model).from_config({**model.get_config(), "augmentation": preprocessing})
     for layer in bare.layers:
         layer.set_weights(model.get_layer(layer.name).get_weights())
         if getattr(layer, "activation", None) is gelu:
@@ -52,8 +52,8 @@ def served(model):
     return keras.Model(bare.input, keras.layers.Softmax(dtype="float32")(bare.output))
 
 
-def _varying(model):
-    """The layers of a model's augmentation that change images in inference, too."""
+def _preprocessing(model):
+    """The layers of a model's augmentation that also change images in inference."""
     noise = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:]))
     noise[0], noise[1] = 0, 255
     images, kept = noise.astype("float32"), []
@@ -66,12 +66,12 @@ def _varying(model):
 
 
 def _gelu_by_erf(x):
-    """`gelu` out of functions that ONNX knows; TensorFlow's own is made of `erfc`."""
+    """`gelu` in operations that ONNX supports; TensorFlow's own uses `erfc`."""
     return 0.5 * x * (1 + keras.ops.erf(x / math.sqrt(2)))
 
 
 def write(model, path, format):
-    """Writes a model by `keras.Model.export`.
+    """Exports a model with `keras.Model.export`.
 
     Args:
         model: a model from `served`.
@@ -87,21 +87,21 @@ def write(model, path, format):
 
 
 def runner(path, format):
-    """An exported file in its own runtime: a function from images to probabilities."""
+    """An exported model in its own runtime, as a function from images to probabilities."""
     return {"onnx": _onnx, "saved_model": _saved_model, "litert": _litert}[format](path)
 
 
 def compare(model, run, images):
-    """The largest difference between the probabilities of an exported model and of Keras.
+    """The largest difference between the probabilities of an exported model and those of Keras.
 
     Args:
         model: the trained `VisionTransformer`.
         run: function from `runner`.
-        images: array `(B, H, W, C)`, given to the exported model together and, the first eight, one
-            by one.
+        images: array `(B, H, W, C)`. The exported model runs on all of them at once, and on the
+            first eight one by one.
 
     Returns:
-        Float; NaN if a probability is.
+        Float; NaN if any probability is NaN.
     """
     images = np.asarray(images, "float32")
     reference = predict(model, images)
@@ -121,7 +121,7 @@ def _onnx(path):
 def _saved_model(path):
     import tensorflow as tf
 
-    loaded = tf.saved_model.load(str(path))  # Owns the variables of its functions.
+    loaded = tf.saved_model.load(str(path))  # Keeps the variables of its functions alive.
     return lambda images: loaded.serve(images).numpy()
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or as they were before, and folders that one process owns."""
+"""Atomic file writes, checksums and directory locks."""
 
 import contextlib
 import hashlib
@@ -12,39 +12,41 @@ except ImportError:  # Windows
     fcntl = None
 
 
-PARTS = ".part-*"  # Files that are not complete yet.
+PARTS = ".part-*"  # Temporary files of atomic writes.
 CHECKSUMS = "SHA256SUMS"
 
 
 class RunLocked(RuntimeError):
-    """A folder belongs to another process."""
+    """Another process holds the lock of a directory."""
 
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Lends a path beside `path`; what is written there takes its place once it is complete.
+    """Writes a file atomically: to a temporary file beside it, which then takes its place.
+
+    If an exception is raised, the temporary file is removed and `path` stays as it was.
 
     Args:
-        path: `Path` of the file to come.
+        path: `Path` of the file.
 
     Yields:
-        `Path` to write to, with the same ending.
+        `Path` of the temporary file to write to, with the same suffix.
     """
-    beside = path.with_name(PARTS.replace("*", f"{os.getpid()}-{path.name}"))
+    temporary = path.with_name(PARTS.replace("*", f"{os.getpid()}-{path.name}"))
     try:
-        yield beside
-        with open(beside, "rb+") as file:
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         raise
-    _flush_names(path.parent)
+    _sync_directory(path.parent)
 
 
-def _flush_names(folder):
-    """Makes a rename last through a loss of power, where folders can be flushed."""
+def _sync_directory(folder):
+    """Makes a rename survive a power failure, where the system can sync directories."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -54,21 +56,21 @@ def _flush_names(folder):
 
 
 def visible(folder):
-    """Sorted files in and below a folder, but for hidden ones and those in hidden folders."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [x for x in found if not any(y.startswith(".") for y in x.relative_to(folder).parts)]
+    """Sorted files in and below a folder, without hidden ones and those in hidden folders."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [x for x in paths if not any(y.startswith(".") for y in x.relative_to(folder).parts)]
 
 
 def write_json(path, content):
     """Writes a dictionary as indented JSON."""
     with atomic_write(path) as part:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        # Names of files are any bytes.
+        # File names may be arbitrary bytes.
         part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def write_checksums(folder, names):
-    """Writes `SHA256SUMS`, which `sha256sum --check` reads, about those files that are there."""
+    """Writes `SHA256SUMS`, which `sha256sum --check` reads, for those files that exist."""
     paths = [folder / name for name in sorted(names) if (folder / name).exists()]
     lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in paths]
     with atomic_write(folder / CHECKSUMS) as path:
@@ -77,15 +79,15 @@ def write_checksums(folder, names):
 
 @contextlib.contextmanager
 def locked(folder):
-    """Keeps a folder from other processes; the lock ends with the process, however that ends.
+    """Locks a directory; the lock is released when the process ends, even if it is killed.
 
-    Windows, and file systems that know no locks, do without.
+    On Windows, and on file systems without locks, nothing is locked.
 
     Args:
-        folder: `Path` of an existing folder.
+        folder: `Path` of an existing directory.
 
     Raises:
-        RunLocked: if a process has it, which the message names.
+        RunLocked: if another process holds the lock; the message names it.
     """
     with open(folder / ".lock", "a+", encoding="utf-8") as file:
         if fcntl:

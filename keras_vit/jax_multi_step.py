@@ -1,4 +1,4 @@
-"""Several training steps as one program on the device, where Keras would dispatch each."""
+"""Several training steps per dispatch on JAX, where Keras dispatches each step."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import keras
 
 
 def can_scan(model):
-    """Whether `scanned_train_function` serves a compiled model better than Keras's function."""
+    """Whether a compiled model should be trained by `scanned_train_function`."""
     return (
         keras.backend.backend() == "jax"
         and model.steps_per_execution > 1
@@ -19,15 +19,16 @@ def can_scan(model):
 def scanned_train_function(model):
     """A train function for JAX that runs `model.steps_per_execution` steps in one `lax.scan`.
 
-    Keras's own dispatches them one by one, so that a small model waits for the host.
+    Keras's own train function dispatches them one by one, so that a small model waits for the
+    host.
 
     Args:
         model: a compiled `keras.Model`.
 
     Returns:
         A function of the state and an iterator of batches, as `Model.train_function` is on JAX:
-        it returns the logs of the last step and the new state. Neighbouring batches of one shape
-        become one program; a smaller last batch has a program of its own.
+        it returns the logs of the last step and the new state. Consecutive batches of one
+        shape run in one program; a smaller last batch runs in its own.
     """
     import jax
 

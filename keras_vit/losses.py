@@ -1,27 +1,27 @@
-"""The loss that Keras lacks: cross-entropy of integer labels that are not taken at their word."""
+"""Cross-entropy with label smoothing for integer labels, which Keras lacks."""
 
 import keras
 from keras import ops
 
-from keras_vit.validation import share
+from keras_vit.validation import fraction
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class LabelSmoothingCrossentropy(keras.losses.Loss):
     """Cross-entropy of logits and integer labels with label smoothing (Szegedy et al., 2016).
 
-    `keras.losses.CategoricalCrossentropy` smooths labels as well, but wants
-    them one-hot; the sparse one does not smooth. Labels have the shape `(B,)`
-    or `(B, 1)`, logits `(B, num_classes)`.
+    `keras.losses.CategoricalCrossentropy` expects one-hot labels, and
+    `keras.losses.SparseCategoricalCrossentropy` has no label smoothing. Labels
+    have the shape `(B,)` or `(B, 1)`, logits `(B, num_classes)`.
 
     Args:
-        label_smoothing: float in [0, 1], probability that is taken from the
-            labelled class and shared out evenly among all classes.
+        label_smoothing: float in [0, 1], probability mass that is moved from
+            the labelled class and spread evenly over all classes.
         **kwargs: base loss keyword arguments, such as `name`.
 
     Raises:
-        ValueError: if `label_smoothing` lies outside its range, or if labels
-            are one-hot.
+        ValueError: if `label_smoothing` is out of range, or if the labels are
+            one-hot.
 
     Example:
 
@@ -31,7 +31,7 @@ class LabelSmoothingCrossentropy(keras.losses.Loss):
 
     def __init__(self, label_smoothing: float = 0.1, **kwargs):
         super().__init__(**kwargs)
-        self.label_smoothing = share("label_smoothing", label_smoothing)
+        self.label_smoothing = fraction("label_smoothing", label_smoothing)
 
     def call(self, labels, logits):
         if len(labels.shape) == len(logits.shape) and labels.shape[-1] == 1:

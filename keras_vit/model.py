@@ -22,18 +22,18 @@ from keras_vit.layers import (
     gelu,
 )
 from keras_vit.layers.mix import partners
-from keras_vit.validation import positive_integer, shape_of_image, share_below_one
+from keras_vit.validation import fraction_below_one, positive_integer, shape_of_image
 
 EPSILON = 1e-6
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class VisionTransformer(keras.Model):
-    """Vision Transformer (Dosovitskiy et al., 2021) that carries its own preprocessing.
+    """Vision Transformer (Dosovitskiy et al., 2021) with built-in preprocessing.
 
     Augmentation and normalization are the first layers of the model: it takes
     raw pixels, augments them in `fit` and with `training=True` only, and a
-    saved model cannot be served with the wrong preprocessing.
+    saved model cannot be deployed with the wrong preprocessing.
 
     Input shape:
         4D tensor `(B, H, W, C)`, integers or floats from 0 to 255.
@@ -44,37 +44,38 @@ class VisionTransformer(keras.Model):
     Args:
         image_shape: tuple `(H, W, C)`, the shape of one image.
         num_classes: int, number of classes.
-        patch_size: int, side `P` of a patch in pixels; divides `H` and `W`, as
-            they are behind `augmentation`.
-        embed_dim: int, width `D` of a token; a multiple of `num_heads`.
+        patch_size: int, side `P` of a patch in pixels; must divide `H` and `W` as
+            they are after `augmentation`.
+        embed_dim: int, width `D` of a token; must be a multiple of `num_heads`.
         mlp_dim: int, width of the hidden layer of a block's MLP.
         num_heads: int, attention heads `A` of a block.
         depth: int, number of blocks `L`.
-        dropout: float in [0, 1), rate of every dropout, attention's included.
-        stochastic_depth: float in [0, 1), how often training leaves out the
-            last block's attention, and its MLP, for an image; blocks before
-            it are left out less often, in proportion to their number (Huang
-            et al., 2016).
-        pooling: string, what the head reads: `"token"`, a class token that
-            stands in front of the patches, or `"mean"`, the mean of all
-            patches' tokens; there is no class token then.
-        class_names: list of strings, one for each class, that travel with the
-            model; none by default.
-        augmentation: list of layers between the images and their
+        dropout: float in [0, 1), rate of all dropout layers, including attention's.
+        stochastic_depth: float in [0, 1), probability of dropping the last
+            block's attention, and its MLP, for an image in training (drop
+            path). The rate grows linearly from the first block (Huang et
+            al., 2016).
+        pooling: string, what the head reads: `"token"`, a class token in
+            front of the patches, or `"mean"`, the mean of all patch tokens,
+            without a class token.
+        class_names: list of strings, one per class, saved with the model; none
+            by default.
+        augmentation: list of layers that are applied to the images before
             normalization, in order. By default a horizontal flip and a
-            `RandomResizedCrop` to the same size; `[]` for none. Random layers
-            of Keras act in training alone; others, such as `Resizing`,
-            always. A `MixUpCutMix` among them mixes the labels in the loss as
-            well.
+            `RandomResizedCrop` to the same size; `[]` for none. Keras's
+            random layers act in training only; others, such as `Resizing`,
+            always. With a `MixUpCutMix` among them, the loss mixes the labels
+            as well.
         dtype: dtype policy of the layers, such as `"mixed_bfloat16"`; by
-            default the global one. Pixels and logits stay in float32.
+            default the global policy. Pixels and logits stay in float32.
         **kwargs: base model keyword arguments, such as `name`.
 
     Raises:
-        ValueError: if an argument lies outside its range, if `num_heads` does not
-            divide `embed_dim`, `patch_size` not the image, if there are more
-            or fewer names than classes, or if `augmentation` contains something
-            that is not a layer, returns no images or mixes them without their labels.
+        ValueError: if an argument is out of range, if `num_heads` does not divide
+            `embed_dim` or `patch_size` does not divide the image, if the number
+            of class names is not `num_classes`, or if `augmentation` contains
+            something that is not a layer, does not return images, or mixes
+            images without their labels.
 
     Example:
 
@@ -111,8 +112,8 @@ class VisionTransformer(keras.Model):
         }
         sizes = {name: positive_integer(name, size) for name, size in sizes.items()}
         image_shape = shape_of_image(image_shape)
-        dropout = share_below_one("dropout", dropout)
-        stochastic_depth = share_below_one("stochastic_depth", stochastic_depth)
+        dropout = fraction_below_one("dropout", dropout)
+        stochastic_depth = fraction_below_one("stochastic_depth", stochastic_depth)
         if embed_dim % num_heads:
             raise ValueError(
                 "Expected `embed_dim` to be a multiple of `num_heads`. "
@@ -138,7 +139,7 @@ class VisionTransformer(keras.Model):
         ]
         if len(mixing) > 1:
             raise ValueError(
-                "Expected one layer of `augmentation` to mix images at most. "
+                "Expected `augmentation` to contain at most one `MixUpCutMix`. "
                 f"Received: augmentation={augmentation}"
             )
 
@@ -154,11 +155,11 @@ class VisionTransformer(keras.Model):
         x = PositionEmbedding(dtype=policy, name="position_embedding")(x)
         x = Dropout(dropout, dtype=policy, name="dropout")(x)
         for block in range(1, depth + 1):
-            # The head reads the class token alone: the last block leaves out the others.
+            # The head reads the class token only: the last block skips the others.
             tokens = 1 if block == depth and pooling == "token" else None
             name = f"block_{block}"
-            skipping = stochastic_depth * block / depth
-            x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, skipping, policy)
+            drop_path = stochastic_depth * block / depth
+            x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, drop_path, policy)
         x = LayerNormalization(epsilon=EPSILON, dtype=policy, name="norm")(x)
         if pooling == "token":
             x = x[:, 0]
@@ -172,7 +173,7 @@ class VisionTransformer(keras.Model):
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
         self.pooling = pooling
-        # Short digests of the image files that it was trained or validated on, if there are any.
+        # Short digests of the image files that the model was trained or validated on, if known.
         self.seen = ()
         self._config = {
             "image_shape": image_shape,
@@ -185,35 +186,35 @@ class VisionTransformer(keras.Model):
         }
 
     def adapt(self, images: np.ndarray) -> None:
-        """Learns mean and variance of each channel; call it before `fit`, with training images.
+        """Computes mean and variance per channel; call it before `fit`, with the training images.
 
-        They are those of the images as they reach the normalization: behind the layers of
-        `augmentation`, which act as in inference. A channel that does not vary is centred and not
-        scaled, with a warning.
+        They are computed on the input of the normalization, after the layers of `augmentation` in
+        inference mode. A constant channel is centered but not scaled, with a warning.
 
         Args:
             images: array `(B, H, W, C)` of raw pixels.
 
         Raises:
-            ValueError: if there is no image, or if images have another shape
-                than the model takes.
+            ValueError: if there are no images, or if they do not have the model's
+                input shape.
         """
         if tuple(images.shape[1:]) != self.input_shape[1:] or not len(images):
             expected = ", ".join(map(str, self.input_shape[1:]))
             raise ValueError(
-                f"Expected `images` of shape (B, {expected}) with at least one of them. "
+                f"Expected `images` to be a non-empty array of shape (B, {expected}). "
                 f"Received: images.shape={tuple(images.shape)}"
             )
         normalization = self.get_layer("normalization")
-        before = keras.Model(self.input, normalization.input)
+        preprocessing = keras.Model(self.input, normalization.input)
         # A few megabytes at a time: all of them as floats would fill the memory.
-        most = max(math.prod(shape[1:]) for shape in (before.input_shape, before.output_shape))
-        size = max(1, 2**22 // most)
+        shapes = preprocessing.input_shape, preprocessing.output_shape
+        largest = max(math.prod(shape[1:]) for shape in shapes)
+        size = max(1, 2**22 // largest)
         groups = (images[start : start + size] for start in range(0, len(images), size))
-        normalization.adapt(ops.convert_to_numpy(before(x, training=False)) for x in groups)
+        normalization.adapt(ops.convert_to_numpy(preprocessing(x, training=False)) for x in groups)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Keras's loss of a batch; where training mixed its images, the loss mixes their labels."""
+        """Keras's loss of a batch; if `MixUpCutMix` mixed the images, it mixes their labels too."""
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if not (training and self._mixing):
             return loss
@@ -225,7 +226,7 @@ class VisionTransformer(keras.Model):
         )
 
     def make_train_function(self, force=False):
-        """Keras's function of a training step; called by `fit`."""
+        """Builds Keras's train function, or a faster one on JAX; called by `fit`."""
         is_new = force or self.train_function is None
         super().make_train_function(force)
         if is_new and can_scan(self):
@@ -260,7 +261,7 @@ class VisionTransformer(keras.Model):
             for layer in config["augmentation"]
         ]
         settings = {**config, "augmentation": layers}
-        # Files of earlier versions list the frozen layers of the graph.
+        # Files of earlier versions list the frozen layers.
         trainable = dict.fromkeys(settings.pop("frozen", ()), False)
         trainable |= settings.pop("trainable_layers", {})
         quantized = settings.pop("quantized_layers", {})
@@ -277,14 +278,14 @@ class VisionTransformer(keras.Model):
 
 
 def _inside(layer, path=""):
-    """Path, layer and parent of all layers inside of one, each before those that it has inside."""
+    """Path, layer and parent of all nested layers, each before its own nested layers."""
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         yield path + inner.name, inner, layer
         yield from _inside(inner, f"{path}{inner.name}/")
 
 
 def _quantization(layer):
-    """How a layer is quantized, for a file."""
+    """The quantization of a layer, as saved in a file."""
     config = getattr(layer, "quantization_config", None)
     return {
         "mode": layer.quantization_mode,
@@ -293,7 +294,7 @@ def _quantization(layer):
 
 
 def _checked(augmentation):
-    """A list of layers, all of which can vary images inside of a model."""
+    """Checks that `augmentation` is a list of layers that a model can apply; returns the list."""
     if not isinstance(augmentation, Sequence) or not all(
         isinstance(layer, keras.layers.Layer) for layer in augmentation
     ):
@@ -301,30 +302,30 @@ def _checked(augmentation):
             "Expected `augmentation` to be a list of Keras layers. "
             f"Received: augmentation={augmentation!r}"
         )
-    # Keras may have given the names of ours to layers of its own.
+    # Layers of the user may have been given the names of the model's own layers.
     names = ["normalization", "dropout", *(layer.name for layer in augmentation)]
     for layer in augmentation:
         if names.count(layer.name) > 1:
             raise ValueError(
-                "Expected each layer of `augmentation` once, under a name that no other layer of "
-                f"the model has. Received: {layer.name!r} twice. Pass `name` to this "
+                "Expected each layer of `augmentation` to have a unique name within the model. "
+                f"Received: name={layer.name!r} twice. Pass another `name` to this "
                 f"{type(layer).__name__}."
             )
         for inner in layer._flatten_layers():
             if isinstance(inner, (keras.layers.MixUp, keras.layers.CutMix)):
                 raise ValueError(
-                    "Expected layers in `augmentation` that leave the labels right. Received: "
-                    f"{inner.name!r}, a {type(inner).__name__} of Keras's, which mixes images "
-                    "alone. `keras_vit.MixUpCutMix` mixes their labels in the loss, too."
+                    "Expected layers in `augmentation` that keep the labels valid. Received: "
+                    f"layer {inner.name!r}, a `keras.layers.{type(inner).__name__}`, which would "
+                    "mix only the images. Use `keras_vit.MixUpCutMix`: the loss mixes the labels."
                 )
     return list(augmentation)
 
 
 def _augmented(images, augmentation):
-    """Symbolic images `(B, H, W, C)` behind the layers of an augmentation."""
+    """Symbolic images `(B, H, W, C)` after the layers of `augmentation`."""
     for layer in augmentation:
-        # Left to themselves, Keras's image layers act as in training. What the model is called
-        # with, as by `fit`, overrules what is said here.
+        # Keras's image layers default to training mode. The `training` that the model is called
+        # with, as by `fit`, takes precedence over this one.
         images = layer(images, training=False)
         shape = getattr(images, "shape", None)
         if shape is None or len(shape) != 4 or None in shape[1:]:
@@ -337,7 +338,7 @@ def _augmented(images, augmentation):
 
 
 def default_augmentation(image_shape, horizontal_flip=True, **crop):
-    """The layers that vary training images: a flip with probability 0.5, then a crop.
+    """The default augmentation: a horizontal flip with probability 0.5, then a random crop.
 
     Args:
         image_shape: tuple `(H, W, C)`.
@@ -345,17 +346,17 @@ def default_augmentation(image_shape, horizontal_flip=True, **crop):
         **crop: arguments of `RandomResizedCrop`, such as `scale`.
     """
     height, width, _ = image_shape
-    like_pixels: dict[str, typing.Any] = {"data_format": "channels_last", "dtype": "float32"}
-    flip = keras.layers.RandomFlip("horizontal", name="random_flip", **like_pixels)
-    crop = RandomResizedCrop(height, width, name="random_resized_crop", **like_pixels, **crop)
+    pixel_options: dict[str, typing.Any] = {"data_format": "channels_last", "dtype": "float32"}
+    flip = keras.layers.RandomFlip("horizontal", name="random_flip", **pixel_options)
+    crop = RandomResizedCrop(height, width, name="random_resized_crop", **pixel_options, **crop)
     return [flip, crop] if horizontal_flip else [crop]
 
 
 def augmented_for_display(layers, images, training=False):
-    """Images behind the layers of an augmentation, for people to look at.
+    """Augmented images in a range that can be displayed.
 
-    What layers such as `Rescaling` do to the range of pixels is undone, channel by channel: what
-    they make of a black and of a white image is 0 and 255 again.
+    Changes of the range of pixels, such as by `Rescaling`, are undone per channel: the values that
+    a black and a white image are mapped to become 0 and 255 again.
 
     Args:
         layers: list of layers.
@@ -363,43 +364,43 @@ def augmented_for_display(layers, images, training=False):
         training: bool, whether random layers act.
 
     Returns:
-        Array of float32, in the size in which images leave the layers.
+        Array of float32, in the output size of the layers.
     """
 
-    def behind(images, training=False):
+    def augmented(images, training=False):
         for layer in layers:
             images = layer(images, training=training)
         return ops.convert_to_numpy(images).astype("float32")
 
-    # What a layer draws to be looked at must not change what training draws.
+    # Displaying images must not change the random numbers of training.
     state = [(variable, variable.numpy()) for layer in layers for variable in layer.variables]
 
     images = np.asarray(images, "float32")
-    result = behind(images, training)
+    result = augmented(images, training)
     for variable, value in state:
         variable.assign(value)
     black, white = (
-        behind(np.full_like(images[:1], value)).mean(axis=(0, 1, 2)) for value in (0, 255)
+        augmented(np.full_like(images[:1], value)).mean(axis=(0, 1, 2)) for value in (0, 255)
     )
-    same = np.isclose(black, white)
-    black = np.where(same, result.min(axis=(0, 1, 2)), black)
-    white = np.where(same, result.max(axis=(0, 1, 2)), white)
+    is_constant = np.isclose(black, white)
+    black = np.where(is_constant, result.min(axis=(0, 1, 2)), black)
+    white = np.where(is_constant, result.max(axis=(0, 1, 2)), white)
     return 255 * (result - black) / np.where(white == black, 1, white - black)
 
 
-def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skipping=0.0, dtype=None):
+def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, drop_path=0.0, dtype=None):
     """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 
     Args:
         x: tokens `(B, T, D)`.
         mlp_dim: int, width of the MLP's hidden layer.
         num_heads: int, attention heads.
-        dropout: float, rate of every dropout.
-        name: string that starts the names of the block's layers.
-        tokens: int, how many tokens, from the first, the block computes; all by default. Each of
-            them attends to all `T` nevertheless.
-        skipping: float, how often training adds nothing to the tokens of an image, decided for
-            attention and MLP each.
+        dropout: float, rate of all dropout layers.
+        name: string, prefix of the names of the block's layers.
+        tokens: int, number of leading tokens that the block computes; all by default. They
+            attend to all `T` tokens.
+        drop_path: float, probability of dropping the attention branch, and independently the MLP
+            branch, of an image in training.
         dtype: dtype policy of the layers.
 
     Returns:
@@ -418,7 +419,7 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skippin
         dtype=dtype,
         name=f"{name}_attention",
     )(queries, normed)
-    attended = _skipped_at_random(attended, skipping, dtype, f"{name}_attention_skip")
+    attended = _drop_path(attended, drop_path, dtype, f"{name}_attention_skip")
     x = keras.layers.Add(dtype=dtype, name=f"{name}_attention_sum")([x, attended])
 
     y = LayerNormalization(epsilon=EPSILON, dtype=dtype, name=f"{name}_mlp_norm")(x)
@@ -426,25 +427,25 @@ def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, skippin
     y = Dropout(dropout, dtype=dtype, name=f"{name}_mlp_hidden_dropout")(y)
     y = dense(width, dtype=dtype, name=f"{name}_mlp_output")(y)
     y = Dropout(dropout, dtype=dtype, name=f"{name}_mlp_output_dropout")(y)
-    y = _skipped_at_random(y, skipping, dtype, f"{name}_mlp_skip")
+    y = _drop_path(y, drop_path, dtype, f"{name}_mlp_skip")
     return keras.layers.Add(dtype=dtype, name=f"{name}_mlp_sum")([x, y])
 
 
-def _skipped_at_random(x, rate, dtype, name):
-    """Tokens `(B, T, D)`, in training all zero for a share of the images."""
+def _drop_path(x, rate, dtype, name):
+    """Drop path: in training, zeroes the tokens `(B, T, D)` of an image with probability `rate`."""
     if not rate:
         return x
     return keras.layers.Dropout(rate, noise_shape=(None, 1, 1), dtype=dtype, name=name)(x)
 
 
 def dense(units, **kwargs):
-    """A Dense layer whose kernel starts like every kernel of the model."""
+    """A Dense layer with the kernel initializer of the model."""
     return keras.layers.Dense(units, kernel_initializer=kernel_initializer(), **kwargs)
 
 
 def kernel_initializer():
-    """Uniform noise of variance `1 / (3 * inputs)`, PyTorch's habit for linear layers.
+    """Uniform with variance `1 / (3 * inputs)`, PyTorch's default for linear layers.
 
-    Keras's own Glorot noise is up to twice as large and learns more slowly here.
+    Keras's default, Glorot uniform, is up to twice as large and trains more slowly here.
     """
     return keras.initializers.VarianceScaling(1 / 3, mode="fan_in", distribution="uniform")

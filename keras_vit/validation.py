@@ -1,4 +1,4 @@
-"""Checks of arguments that layers, model and rollout share."""
+"""Argument checks of the layers, the model, the loss and the rollout."""
 
 import numbers
 
@@ -7,7 +7,7 @@ def positive_integer(name: str, value: int) -> int:
     """`value` as an int.
 
     Raises:
-        ValueError: if it is no integer, a bool, or below 1.
+        ValueError: if it is not an integer, is a bool, or is below 1.
     """
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(
@@ -32,23 +32,23 @@ def shape_of_image(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return height, width, channels
 
 
-def share(name: str, value: float) -> float:
+def fraction(name: str, value: float) -> float:
     """`value`, if it is a number in [0, 1].
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not.
     """
     if not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise ValueError(f"Expected `{name}` to lie in [0, 1]. Received: {name}={value!r}")
+        raise ValueError(f"Expected `{name}` to be a number in [0, 1]. Received: {name}={value!r}")
     return value
 
 
-def share_below_one(name: str, value: float) -> float:
+def fraction_below_one(name: str, value: float) -> float:
     """`value`, if it is a number in [0, 1).
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is not.
     """
     if not isinstance(value, numbers.Real) or not 0 <= value < 1:
-        raise ValueError(f"Expected `{name}` to lie in [0, 1). Received: {name}={value!r}")
+        raise ValueError(f"Expected `{name}` to be a number in [0, 1). Received: {name}={value!r}")
     return value

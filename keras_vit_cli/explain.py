@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 
 from keras_vit.reporting import figures, metrics
-from keras_vit.reporting.explorer import MOST_IMAGES
+from keras_vit.reporting.explorer import MAX_IMAGES
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import class_names, image_batches, load_model
@@ -25,9 +25,11 @@ def run(options):
             for path, image, row in zip(paths, images, probabilities):
                 title = f"{names[row.argmax()]} {row.max():.0%}"
                 picture = _free_name(options.output, path, taken)
-                figures.draw_attention_rollout(model, image[None], [title], picture)
+                figures.draw_attention_rollout(
+                    model, image[None], [title], picture, language=options.language
+                )
                 print(f"{path}: {title}, {picture}")
-                if len(shown) < MOST_IMAGES:
+                if len(shown) < MAX_IMAGES:
                     shown.append((image, f"{pathlib.Path(path).name}: {title}"))
         if options.html and shown:
             _write_explorer(options, model, shown)

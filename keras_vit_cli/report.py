@@ -32,8 +32,8 @@ def run(options):
             )
             probabilities = metrics.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
-            draw(model, dataset, settings.training, probabilities, history, pictures)
             config, language = settings.to_json(), options.language or settings.language
+            draw(model, dataset, settings.training, probabilities, history, pictures, language)
             write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language)
         except (KeyError, ValueError) as error:
             raise CommandError(f"{run_dir} holds no run to report on: {error}") from error
@@ -42,13 +42,13 @@ def run(options):
     return 0
 
 
-def draw(model, dataset, recipe, probabilities, history, folder):
-    """Draws the pictures of a run into a folder."""
-    falls = []
+def draw(model, dataset, recipe, probabilities, history, folder, language):
+    """Draws the pictures of a run into a folder, with texts in a language."""
+    milestone_epochs = []
     if recipe.schedule == "milestones":
-        _, falls = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        _, milestone_epochs = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
     try:
-        figures.draw_all(model, dataset, probabilities, folder, history, falls)
+        figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
     except OSError as error:
         raise CommandError(
             f"the pictures cannot be written to {folder}: {error.strerror}", 1

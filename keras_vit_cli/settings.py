@@ -82,6 +82,11 @@ class Settings:
 
 
 RUN_OPTIONS = tuple(x for x in dataclasses.fields(Settings) if "help" in x.metadata)
+# Those that the file of a run of any version lists.
+FIRST_OPTIONS = {
+    *("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "milestones", "warmup"),
+    *("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "dropout", "augmentation"),
+}
 OPTIONS = {field.name: field for field in (*RUN_OPTIONS, *RECIPE_OPTIONS)}
 
 
@@ -197,7 +202,7 @@ def read_config(path):
 def current_names(settings):
     """Settings of a file, perhaps of an earlier version, under the names that they have now."""
     settings = dict(settings)
-    if {"epochs", "learning_rate", "depth"} <= set(settings) and "optimizer" not in settings:
+    if set(settings) >= FIRST_OPTIONS:
         # A run's own file, which lists every setting: what has become one since was the baseline's.
         for field in RECIPE_OPTIONS:
             settings.setdefault(field.name, _plain(field.default))
@@ -230,7 +235,7 @@ def _add_option(group, field):
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
-        options |= {"type": float, "nargs": "+", "metavar": "X"}
+        options |= {"type": float, "nargs": "+" if default else "*", "metavar": "X"}
     else:
         choices = field.metadata["choices"]
         options |= {"type": kind, "choices": choices}
@@ -288,6 +293,14 @@ def _check_together(name, recipe):
             raise CommandError(
                 f"{_flag(field)} must be two numbers, the smaller one first, but is {shown}"
             )
+    scales, grown = recipe.image_scales, recipe.image_scale_milestones
+    if len(scales) != len(grown) or sorted(scales) != list(scales) or sorted(grown) != list(grown):
+        raise CommandError(
+            "--image-scales and --image-scale-milestones must be as many numbers in rising order, "
+            f"but are {scales} and {grown}"
+        )
+    if scales and not recipe.augmentation:
+        raise CommandError("--image-scales needs --augmentation, whose crops resize the images")
     if recipe.warmup and recipe.schedule != "cosine":
         raise CommandError(f"--warmup {recipe.warmup} needs --schedule cosine")
     if recipe.mixup + recipe.cutmix > 1:

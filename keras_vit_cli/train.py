@@ -84,11 +84,9 @@ def run(settings, figures_dir=None):
         }
         # Before the pictures, whose failure must not cost the metrics.
         write_json(run_dir.metrics, metrics)
-        draw(model, dataset, settings.training, probabilities, history, figures)
-        config = settings.to_json()
-        write_page(
-            run_dir, model, dataset, config, metrics, probabilities, figures, settings.language
-        )
+        config, language = settings.to_json(), settings.language
+        draw(model, dataset, settings.training, probabilities, history, figures, language)
+        write_page(run_dir, model, dataset, config, metrics, probabilities, figures, language)
         run_dir.write_checksums()
         # Without a checkpoint the run counts as finished.
         run_dir.remove_checkpoints()
@@ -147,7 +145,7 @@ def announce(settings, dataset, run_dir):
     if devices.accelerators() or run_dir.has_checkpoint:
         return
     recipe = settings.training
-    work = recipe.epochs * images * training.operations(recipe, dataset.image_shape)
+    work = images * sum(training.costs_of_epochs(recipe, dataset.image_shape))
     seconds = work / (EFFICIENCY * devices.operations_per_second(settings.precision))
     shorter = ""
     if "recipe" not in settings.named and seconds > 15 * 60:
@@ -173,7 +171,7 @@ def explained(error, settings):
     """What ended a training as a `CommandError`; None if one line cannot explain it."""
     if isinstance(error, training.Diverged):
         return CommandError(f"{error} (and --overwrite)", status=3)
-    if isinstance(error, (training.OtherData, training.OtherVariables)):
+    if isinstance(error, (training.DifferentData, training.DifferentVariables)):
         return CommandError(
             f"{error}: choose another folder with --output, or start over with --overwrite"
         )

@@ -1,4 +1,4 @@
-"""Where the tests find CIFAR-10: in `TFDS_DATA_DIR`, else prepared beside this repository."""
+"""Fixtures and data that several tests share; CIFAR-10 is read from `TFDS_DATA_DIR`."""
 
 import os
 import pathlib
@@ -12,7 +12,11 @@ from keras_vit import load_dataset
 from keras_vit_cli import main
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--batch-size=8"]
-CLASSES = {"$_$": 0, "accuracy": 1, "blå": 2}  # Names that pictures must show; their channels.
+CLASSES = {
+    "$_$": 0,
+    "accuracy": 1,
+    "blå": 2,
+}  # Class names hard to draw, and their channels.
 
 PREPARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
 if PREPARED.is_dir():
@@ -20,7 +24,7 @@ if PREPARED.is_dir():
 
 
 def cifar10_on_disk():
-    """CIFAR-10; where it is not, the test is skipped instead of downloading 160 MB."""
+    """CIFAR-10; skips the test if it is not on disk, instead of downloading 160 MB."""
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     if not (pathlib.Path(folder).expanduser() / "cifar10").exists():
         pytest.skip("CIFAR-10 is not on disk")
@@ -28,7 +32,7 @@ def cifar10_on_disk():
 
 
 def coloured(channel, seed):
-    """An image of 20x24 noisy pixels in which a channel is the brightest."""
+    """A noisy image of 20x24 pixels in which one channel is the brightest."""
     pixels = np.random.default_rng([channel, seed]).integers(0, 80, (20, 24, 3))
     pixels[..., channel] += 150
     return Image.fromarray(pixels.astype("uint8"))
@@ -36,9 +40,9 @@ def coloured(channel, seed):
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
-    """`images`, a folder of 75 images in three colours, and `run`, that of a model trained on it.
+    """A folder with `images`, 75 images in three colours, and `run`, a run directory of them.
 
-    One training from the command line, with pictures and report, that many tests read.
+    The model is trained once from the command line; many tests read the results.
     """
     root = tmp_path_factory.mktemp("place")
     for name, channel in CLASSES.items():
@@ -55,7 +59,7 @@ def place(tmp_path_factory):
     return root
 
 
-# By kind of fault: how many were tried, how many survived, epochs lost, files damaged.
+# By kind of fault: number tried, number survived, epochs lost, files damaged.
 FAULTS = {}
 
 

@@ -1,4 +1,4 @@
-"""Scores against the layers' own weights in NumPy; rollout against loops and closed forms."""
+"""Scores against a NumPy computation from the weights; rollout against loops and closed forms."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def model(images):
-    """A model on a rectangular 2x3 grid whose attention is far from uniform."""
+    """A model with a rectangular 2x3 grid of patches and far from uniform attention."""
     model = VisionTransformer(
         (8, 12, 3), num_classes=4, patch_size=4, embed_dim=16, mlp_dim=16, num_heads=HEADS,
         depth=DEPTH,
@@ -36,7 +36,7 @@ def softmax(x):
 
 
 def random_scores(seed, *shape, dtype="float64"):
-    """Rows that sum to one, no two entries alike."""
+    """Scores whose rows sum to one, without ties."""
     return softmax(2 * np.random.default_rng(seed).normal(size=shape)).astype(dtype)
 
 
@@ -75,7 +75,7 @@ def test_scores_have_one_row_per_image_block_head_and_token(model, images):
 
 
 @pytest.mark.parametrize("block", range(1, DEPTH + 1))
-def test_scores_of_each_block_are_those_of_its_weights_computed_in_numpy(model, images, block):
+def test_scores_of_each_block_agree_with_numpy(model, images, block):
     tokens = keras.Model(model.input, model.get_layer(f"block_{block}_attention_norm").output)
     tokens = np.asarray(tokens.predict(images, verbose=0))
     expected = numpy_scores(model.get_layer(f"block_{block}_attention"), tokens, tokens)
@@ -102,7 +102,7 @@ def test_scores_agree_with_an_independent_pytorch_model(model, images, pooling):
     np.testing.assert_allclose(attention_scores(model, images), expected, atol=1e-4)
 
 
-def test_scores_of_a_reloaded_model_are_those_of_the_saved_one(model, images, tmp_path):
+def test_a_loaded_model_has_the_scores_of_the_saved_one(model, images, tmp_path):
     model.save(tmp_path / "model.keras")
     again = keras.saving.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(
@@ -113,7 +113,7 @@ def test_scores_of_a_reloaded_model_are_those_of_the_saved_one(model, images, tm
 def test_blocks_beyond_the_ninth_keep_their_order(images):
     sizes = {"patch_size": 4, "embed_dim": 4, "mlp_dim": 4, "num_heads": 1, "depth": 11}
     model = VisionTransformer((8, 12, 3), augmentation=[], **sizes)
-    # All blocks see the same tokens, as none adds to them, and each looks at them more sharply.
+    # All blocks add nothing and get the same tokens; each has sharper attention than the last.
     for block in range(1, 12):
         attention = model.get_layer(f"block_{block}_attention")
         weights = [np.zeros_like(weight) for weight in attention.get_weights()]
@@ -127,9 +127,7 @@ def test_blocks_beyond_the_ninth_keep_their_order(images):
     assert (np.diff(sharpest) > 0).all()
 
 
-def test_asking_for_scores_twice_gives_the_same_and_leaves_the_model_as_it_was(
-    model, images, tmp_path
-):
+def test_computing_scores_is_repeatable_and_leaves_the_model_unchanged(model, images, tmp_path):
     names = [layer.name for layer in model.layers]
     logits = model.predict(images, verbose=0)
     first, second = attention_scores(model, images), attention_scores(model, images)
@@ -142,14 +140,14 @@ def test_asking_for_scores_twice_gives_the_same_and_leaves_the_model_as_it_was(
     assert len(again.weights) == len(model.weights)
 
 
-def test_scores_do_not_depend_on_how_many_images_come_at_once(model, images):
+def test_scores_do_not_depend_on_the_number_of_images(model, images):
     many = np.concatenate([images] * 27)[:131]
     scores = attention_scores(model, many)
     assert len(scores) == 131
     np.testing.assert_allclose(scores[130], attention_scores(model, many[130:])[0], atol=1e-6)
 
 
-def test_scores_under_mixed_precision_are_float32_and_near_those_of_full_precision(model, images):
+def test_scores_under_mixed_precision_are_float32_and_close_to_full_precision(model, images):
     mixed = VisionTransformer.from_config({**model.get_config(), "dtype": "mixed_bfloat16"})
     mixed.set_weights(model.get_weights())
     scores = attention_scores(mixed, images)
@@ -161,7 +159,7 @@ TOKENS = np.random.default_rng(2).normal(size=(3, 6, 8)).astype("float32")
 
 
 def attention_layer(name=None, **options):
-    """A layer whose attention is far from uniform once it is called."""
+    """A layer with far from uniform attention."""
     noise = keras.initializers.RandomNormal(stddev=1.0, seed=len(name or ""))
     return keras.layers.MultiHeadAttention(
         HEADS, 4, kernel_initializer=noise, bias_initializer=noise, name=name, **options
@@ -169,7 +167,7 @@ def attention_layer(name=None, **options):
 
 
 def numpy_scores(layer, queries, keys, allowed=True):
-    """Scores `(B, A, T, S)` from a layer's weights; `allowed` is who may attend to whom."""
+    """Scores `(B, A, T, S)` from a layer's weights; `allowed` is the attention mask."""
     query, query_bias, key, key_bias = (np.asarray(x) for x in layer.get_weights()[:4])
     queries = np.einsum("btd,dah->bath", queries, query) + query_bias[None, :, None]
     keys = np.einsum("btd,dah->bath", keys, key) + key_bias[None, :, None]
@@ -178,7 +176,7 @@ def numpy_scores(layer, queries, keys, allowed=True):
 
 
 def masked_by_argument(tokens, layer):
-    """Another mask for each image: tokens attend to those whose first number is no larger."""
+    """A different mask per image: tokens attend to those with a first value not above theirs."""
     first = tokens[:, :, :1]
     mask = keras.ops.greater_equal(first, keras.ops.swapaxes(first, 1, 2))
     first = TOKENS[:, None, :, :1]
@@ -186,7 +184,7 @@ def masked_by_argument(tokens, layer):
 
 
 def masked_by_keras(tokens, layer):
-    """Tokens whose numbers are all zero are none: in each image, the last two."""
+    """`Masking` masks tokens of zeros: the last two of each image."""
     tokens = keras.layers.Masking()(tokens)
     return layer(tokens, tokens), np.arange(6) < 4
 
@@ -204,9 +202,9 @@ def test_masked_tokens_get_no_attention(call):
         tokens[:, 4:] = 0
     scores = attention_scores(keras.Model(inputs, outputs), tokens)
     expected = numpy_scores(layer, tokens, tokens, allowed)
-    # What Keras makes of the rows of tokens that are none is of no use.
-    asking = 4 if call is masked_by_keras else 6
-    np.testing.assert_allclose(scores[:, 0, :, :asking], expected[:, :, :asking], atol=1e-5)
+    # The rows of masked tokens are undefined.
+    queries = 4 if call is masked_by_keras else 6
+    np.testing.assert_allclose(scores[:, 0, :, :queries], expected[:, :, :queries], atol=1e-5)
 
 
 def test_cross_attention_has_a_row_per_query_and_a_column_per_key():
@@ -218,7 +216,7 @@ def test_cross_attention_has_a_row_per_query_and_a_column_per_key():
     np.testing.assert_allclose(scores[:, 0], expected, atol=1e-5)
 
 
-def test_a_model_of_several_inputs_takes_a_list_or_a_dictionary():
+def test_a_model_with_several_inputs_takes_a_list_or_a_dictionary():
     arrays = {"query": TOKENS[:, :2], "value": TOKENS}
     inputs = {name: keras.Input(array.shape[1:], name=name) for name, array in arrays.items()}
     layer = attention_layer()
@@ -232,9 +230,9 @@ def test_a_model_of_several_inputs_takes_a_list_or_a_dictionary():
         attention_scores(model, [arrays["query"], TOKENS[:2]])
 
 
-def test_a_layer_that_is_called_twice_counts_twice():
+def test_a_layer_that_is_called_twice_counts_as_two_blocks():
     inputs, layer = keras.Input((6, 8)), attention_layer()
-    # One call asks for the scores itself, and goes on with both.
+    # One call returns its scores itself.
     first, scores = layer(inputs, inputs, return_attention_scores=True)
     outputs = layer(first, first)
     ours = attention_scores(keras.Model(inputs, [outputs, scores]), TOKENS)
@@ -245,7 +243,7 @@ def test_a_layer_that_is_called_twice_counts_twice():
     assert ours.shape == (3, 2, HEADS, 6, 6)
 
 
-def test_scores_are_those_of_inference_even_where_the_graph_says_training():
+def test_scores_are_computed_in_inference_mode_even_if_the_graph_sets_training():
     inputs, layer = keras.Input((6, 8)), attention_layer(dropout=0.5)
     noise = keras.layers.GaussianNoise(1.0)(inputs, training=True)
     model = keras.Model(inputs, layer(noise, noise, training=True))
@@ -290,14 +288,14 @@ def without_scores(tokens):
 @pytest.mark.parametrize(
     "build", [nested, over_a_grid, in_windows, of_other_heads, in_flashes, without_scores]
 )
-def test_attention_that_has_no_matrix_per_head_and_image_is_refused_by_name(build):
+def test_unsupported_attention_is_refused_naming_the_layer(build):
     inputs = keras.Input((6, 8))
     model = keras.Model(inputs, build(inputs))
     with pytest.raises(ValueError, match="Received: .*odd|layer 'odd'"):
         attention_scores(model, TOKENS)
 
 
-def test_a_model_that_calls_its_layers_in_python_is_refused():
+def test_a_subclassed_model_is_refused():
     class InPython(keras.Model):
         def __init__(self):
             super().__init__(name="in_python")
@@ -312,7 +310,7 @@ def test_a_model_that_calls_its_layers_in_python_is_refused():
         attention_scores(model, TOKENS)
 
 
-def test_a_model_without_attention_is_refused_by_name(images):
+def test_a_model_without_attention_is_refused_naming_the_model(images):
     model = keras.Sequential([keras.Input((8, 12, 3)), keras.layers.Flatten()], name="plain")
     with pytest.raises(ValueError, match="MultiHeadAttention.*Received: model='plain'"):
         attention_scores(model, images)
@@ -344,8 +342,8 @@ def test_rollout_of_uniform_attention_has_a_closed_form(depth, head_fusion):
     # With P = 1/T everywhere, P P = P, so that ((P + I) / 2)^L = 2^-L I + (1 - 2^-L) P.
     tokens = 7
     scores = np.full((2, depth, 3, tokens, tokens), 1 / tokens)
-    share = 0.5**depth
-    expected = share * np.eye(tokens) + (1 - share) / tokens
+    residual = 0.5**depth
+    expected = residual * np.eye(tokens) + (1 - residual) / tokens
     rollout = attention_rollout(scores, head_fusion)
     np.testing.assert_allclose(rollout, np.stack([expected] * 2), atol=1e-12)
 
@@ -357,12 +355,12 @@ def test_rollout_of_identity_attention_is_the_identity(head_fusion):
 
 
 def test_blocks_are_multiplied_from_the_first_to_the_last():
-    # Block 1 sends token 1 to token 2; block 2 sends the class token to token 1.
+    # In block 1, token 1 attends to token 2; in block 2, the class token attends to token 1.
     first, last = np.eye(3), np.eye(3)
     first[1] = [0, 0, 1]
     last[0] = [0, 1, 0]
     rollout = attention_rollout(np.stack([first, last])[None, :, None])
-    # The class token took half of token 1, which was half of token 2 by then.
+    # The class token is half of token 1, which was half of token 2 after block 1.
     np.testing.assert_allclose(rollout[0, 0], [0.5, 0.25, 0.25])
 
 
@@ -386,7 +384,7 @@ def test_rows_of_a_rollout_sum_to_one(head_fusion, discard_ratio):
     np.testing.assert_allclose(rollout.sum(axis=-1), 1, atol=1e-5)
 
 
-def test_images_of_a_batch_do_not_mix():
+def test_images_of_a_batch_are_independent():
     scores = random_scores(4, 3, 2, 2, 6, 6)
     together = attention_rollout(scores, discard_ratio=0.5)
     alone = np.concatenate([attention_rollout(x[None], discard_ratio=0.5) for x in scores])
@@ -399,20 +397,20 @@ def test_rollout_keeps_the_precision_of_its_input(dtype):
 
 
 @pytest.mark.parametrize("discard_ratio", [0.0, 0.5])
-def test_rollout_leaves_its_input_as_it_was(discard_ratio):
+def test_rollout_does_not_modify_its_input(discard_ratio):
     scores = random_scores(6, 2, 2, 1, 5, 5)
     before = scores.copy()
     attention_rollout(scores, discard_ratio=discard_ratio)
     np.testing.assert_array_equal(scores, before)
 
 
-def test_scores_of_a_rectangular_grid_roll_out(model, images):
+def test_rollout_works_for_a_rectangular_grid(model, images):
     rollout = attention_rollout(attention_scores(model, images))
     assert rollout[:, 0, 1:].reshape(5, 2, 3).shape == (5, 2, 3)
     np.testing.assert_allclose(rollout.sum(axis=-1), 1, atol=1e-5)
 
 
-def test_what_the_head_reads_is_the_class_token_or_the_mean_of_the_patches():
+def test_patch_weights_are_the_row_of_the_class_token_or_the_mean_of_all_rows():
     rollout = attention_rollout(random_scores(7, 2, 3, 2, 4, 4))
     np.testing.assert_array_equal(patch_weights(rollout), rollout[:, 0, 1:])
     expected = (rollout[:, 0] + rollout[:, 1] + rollout[:, 2] + rollout[:, 3]) / 4
@@ -430,7 +428,7 @@ def test_scores_of_another_shape_are_refused(shape):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1])
-def test_scores_that_are_no_attention_are_refused(bad):
+def test_scores_that_are_negative_or_not_finite_are_refused(bad):
     scores = random_scores(7, 1, 2, 2, 4, 4)
     scores[0, 1, 0, 2, 3] = bad
     with pytest.raises(ValueError, match="finite and non-negative"):
@@ -438,7 +436,7 @@ def test_scores_that_are_no_attention_are_refused(bad):
 
 
 @pytest.mark.parametrize("head_fusion", ["median", "sum", "Mean", None])
-def test_an_unknown_fusion_is_refused(head_fusion):
+def test_an_unknown_head_fusion_is_refused(head_fusion):
     with pytest.raises(ValueError) as error:
         attention_rollout(random_scores(8, 1, 1, 1, 3, 3), head_fusion=head_fusion)
     assert "'mean', 'max' or 'min'" in str(error.value)
@@ -446,7 +444,7 @@ def test_an_unknown_fusion_is_refused(head_fusion):
 
 
 @pytest.mark.parametrize("discard_ratio", [-0.1, 1.0, 1.5, float("nan")])
-def test_a_discard_ratio_outside_zero_to_one_is_refused(discard_ratio):
+def test_a_discard_ratio_out_of_range_is_refused(discard_ratio):
     with pytest.raises(ValueError) as error:
         attention_rollout(random_scores(9, 1, 1, 1, 3, 3), discard_ratio=discard_ratio)
     assert f"Received: discard_ratio={discard_ratio!r}" in str(error.value)

@@ -1,4 +1,4 @@
-"""What the machine says of itself, and what follows for a run."""
+"""Detection of the precisions that a device supports in hardware."""
 
 import math
 import pathlib
@@ -16,7 +16,7 @@ from keras_vit import devices
         ("fpu avx512_bf16 fsrm", ["float32", "bfloat16"]),
     ],
 )
-def test_bfloat16_is_for_processors_with_instructions_for_it(flags, expected, monkeypatch):
+def test_bfloat16_needs_a_processor_with_bfloat16_instructions(flags, expected, monkeypatch):
     monkeypatch.setattr(devices, "accelerators", lambda: [])
     monkeypatch.setattr(pathlib.Path, "read_text", lambda *_, **__: f"flags : {flags}\n")
     assert devices.precisions() == expected
@@ -31,14 +31,12 @@ def test_bfloat16_is_for_processors_with_instructions_for_it(flags, expected, mo
         (math.inf, ["float32", "bfloat16", "float16"]),
     ],
 )
-def test_bfloat16_is_for_nvidia_gpus_since_ampere_and_float16_since_volta(
-    architecture, expected, monkeypatch
-):
+def test_bfloat16_needs_an_ampere_gpu_and_float16_a_volta_gpu(architecture, expected, monkeypatch):
     monkeypatch.setattr(devices, "accelerators", lambda: ["gpu:0"])
     monkeypatch.setattr(devices, "_oldest_nvidia_architecture", lambda: architecture)
     assert devices.precisions() == expected
 
 
-def test_a_machine_without_a_gpu_has_no_old_one():
+def test_the_oldest_gpu_architecture_is_infinite_without_a_gpu():
     if not devices.accelerators():
         assert devices._oldest_nvidia_architecture() == math.inf

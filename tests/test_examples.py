@@ -1,4 +1,4 @@
-"""The notebook and the README's lines run as they stand."""
+"""The notebook and the README's Python example run unchanged."""
 
 import json
 import pathlib
@@ -14,30 +14,30 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         keras.backend.backend() != "tensorflow",
-        reason="once is enough: they are the library's tests",
+        reason="running them on one backend is enough",
     ),
 ]
 
 
 def run(source, folder, monkeypatch):
-    """What a piece of Python defines, run in an empty folder."""
+    """Runs Python source in an empty folder; returns the names that it defines."""
     monkeypatch.chdir(folder)
     defined = {"__name__": "example"}
     exec(compile(source, "example", "exec"), defined)
     return defined
 
 
-def test_the_lines_of_the_readme_run(tmp_path, monkeypatch):
+def test_the_readme_example_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     defined = run(lines, tmp_path, monkeypatch)
-    # As its comments say.
+    # The shapes in its comments.
     assert defined["scores"].shape == (8, 2, 8, 65, 65)
     assert defined["rollout"].shape == (8, 65, 65)
     np.testing.assert_allclose(defined["rollout"].sum(axis=-1), 1, atol=1e-4)
 
 
-def test_the_notebook_runs_and_its_model_learns(tmp_path, monkeypatch):
+def test_the_notebook_runs_and_trains_an_accurate_model(tmp_path, monkeypatch):
     matplotlib.use("Agg")
     notebook = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]

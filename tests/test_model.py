@@ -1,4 +1,4 @@
-"""The model against its description: an independent PyTorch one, parameter counts, saved files."""
+"""The model against an independent PyTorch model, its parameter counts, and saved files."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def random_images(seed, *shape):
 
 
 def randomize(model, seed=0):
-    """Gives all weights values of their own; biases of zero would hide mistakes."""
+    """Gives all weights random values; zero biases would hide mistakes."""
     rng = np.random.default_rng(seed)
     for weight in model.trainable_weights:
         if weight.path.endswith(("kernel", "token", "position")):
@@ -61,7 +61,7 @@ def predict(model, images):
 
 @pytest.fixture(scope="module")
 def model():
-    """A small model with random weights; tests read it and leave it as it is."""
+    """A small model with random weights; tests must not modify it."""
     return make_model()
 
 
@@ -77,14 +77,14 @@ def saved(model, tmp_path):
 
 
 class Blackout(keras.layers.Layer):
-    """Black images in training and by default, as Keras's own random layers have it."""
+    """Black images in training, which is the default as in Keras's own random layers."""
 
     def call(self, images, training=True):
         return 0 * images if training else images
 
 
 class Invert(keras.layers.Layer):
-    """A layer that leads through another one, and takes no `training` itself."""
+    """A layer that calls another one, and takes no `training` itself."""
 
     def __init__(self, inner, **kwargs):
         super().__init__(**kwargs)
@@ -106,7 +106,7 @@ def layers_of(model, kind):
     return [layer for layer in model.layers if isinstance(layer, kind)]
 
 
-# The description
+# Architecture
 
 
 def test_the_default_model_has_exactly_3195146_trainable_parameters(default_model):
@@ -175,23 +175,23 @@ def assert_agrees_with_pytorch(model, sizes):
     np.testing.assert_allclose(predict(model, images), theirs, atol=1e-4)
 
 
-def test_the_first_step_already_teaches_every_layer():
+def test_the_first_step_updates_every_trainable_weight():
     model = keras_vit.VisionTransformer(**SIZES)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(1.0), loss)
     before = model.get_weights()
     model.train_on_batch(random_images(2, 10, 8, 8, 3), np.arange(10) % 5)
     same = [np.array_equal(old, new) for old, new in zip(before, model.get_weights())]
-    untaught = [weight.path for weight, is_same in zip(model.weights, same) if is_same]
+    unchanged = [weight.path for weight, is_same in zip(model.weights, same) if is_same]
     trainable = {weight.path for weight in model.trainable_weights}
-    # Softmax takes no notice of a number that is added to every score: key biases learn nothing.
-    assert not [x for x in untaught if x in trainable and not x.endswith("key/bias")]
+    # Softmax is invariant to a constant added to all scores: key biases get no gradient.
+    assert not [x for x in unchanged if x in trainable and not x.endswith("key/bias")]
 
 
 # Pixels: augmentation and normalization
 
 
-def test_flip_crop_and_normalization_come_first_and_in_this_order(default_model):
+def test_flip_crop_and_normalization_are_the_first_layers_in_this_order(default_model):
     def before(layer):
         return layer.input._keras_history.operation
 
@@ -207,7 +207,7 @@ def test_flip_crop_and_normalization_come_first_and_in_this_order(default_model)
 
 
 def normalized(model, images):
-    """What the patches are cut from, `(B, H, W, C)` in float64."""
+    """The normalized pixels `(B, H, W, C)` in float64."""
     (norm,) = layers_of(model, Normalization)
     pixels = keras.Model(model.input, norm.output)(images)
     return ops.convert_to_numpy(pixels).astype("float64")
@@ -226,7 +226,7 @@ def normalized(model, images):
     ],
     ids=["flip", "rescaling", "resizing", "center_crop", "crop", "normalization", "lambda"],
 )
-def test_adapt_measures_what_reaches_the_normalization(make):
+def test_adapt_normalizes_the_output_of_the_augmentation(make):
     images = random_images(3, 50, 8, 8, 3)
     model = make_model(augmentation=make(), depth=1)
     model.adapt(images)
@@ -236,11 +236,13 @@ def test_adapt_measures_what_reaches_the_normalization(make):
 
 
 @pytest.mark.parametrize("value", [0, 77, 255, 0.1])
-def test_a_channel_that_does_not_vary_is_centred_and_not_scaled(value):
+def test_a_constant_channel_is_centered_but_not_scaled(value):
     images = random_images(3, 3000, 8, 8, 3).astype("float32")
     images[..., 1] = value
     model = make_model(augmentation=[keras_vit.TrivialAugment()], depth=1)
-    with pytest.warns(UserWarning, match="Of 3 channels, counted from 0, 1 do not vary") as warned:
+    with pytest.warns(
+        UserWarning, match=r"Channels \[1\] of 3 \(counted from 0\) are constant"
+    ) as warned:
         model.adapt(images)
     assert [x.category for x in warned].count(UserWarning) == 1
     norm = model.get_layer("normalization")
@@ -251,7 +253,7 @@ def test_a_channel_that_does_not_vary_is_centred_and_not_scaled(value):
     assert np.abs(in_training(keras.Model(model.input, norm.output), images[:64])).max() < 256
 
 
-def test_mean_and_variance_are_numpys_in_float64():
+def test_mean_and_variance_agree_with_numpy_in_float64():
     offset = np.float32([0, 1000, -5])
     images = random_images(3, 7000, 8, 8, 3) * np.float32([1, 0.01, 1e-3]) + offset
     norm = Normalization(dtype="float32")
@@ -267,7 +269,7 @@ def test_mean_and_variance_are_numpys_in_float64():
 
 
 @pytest.mark.parametrize("floatx", ["float16", "float64"])
-def test_a_model_is_adapted_whatever_keras_s_default_type_of_floats_is(floatx):
+def test_a_model_can_be_adapted_with_any_default_float_type(floatx):
     images = random_images(3, 50, 8, 8, 3)
     before = keras.config.dtype_policy()
     try:
@@ -284,7 +286,7 @@ def test_a_model_is_adapted_whatever_keras_s_default_type_of_floats_is(floatx):
     assert found[1].dtype == np.float32 and np.isfinite(found[1]).all()
 
 
-def test_adapt_and_set_weights_count_after_predict_evaluate_and_fit():
+def test_adapt_and_set_weights_take_effect_after_predict_evaluate_and_fit():
     images, labels = random_images(4, 6, 8, 8, 3), np.arange(6) % 5
     model, other = make_model(dropout=0.0), make_model(seed=1)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -309,7 +311,7 @@ def test_uint8_and_float_images_give_equal_logits(model):
 
 
 def nested(model):
-    """The model, and what people put it into or cut out of it."""
+    """The model, and typical models that contain it or a part of it."""
     images = keras.Input((8, 8, 3))
     cut = keras.Model(model.input, model.layers[-2].output)
     return {
@@ -322,7 +324,7 @@ def nested(model):
 
 
 @pytest.mark.parametrize("kind", ["itself", "Sequential", "functional", "cut", "cut within"])
-def test_whoever_leaves_training_out_gets_inference(model, kind):
+def test_inference_is_the_default_when_training_is_not_passed(model, kind):
     images, whole = random_images(5, 6, 8, 8, 3), nested(model)[kind]
     expected = predict(whole, images)
     for _ in range(2):
@@ -335,7 +337,7 @@ def test_whoever_leaves_training_out_gets_inference(model, kind):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="formats of TensorFlow")
 @pytest.mark.parametrize("kind", ["itself", "cut within"])
-def test_compiled_and_exported_functions_infer(model, kind, tmp_path):
+def test_compiled_and_exported_functions_run_in_inference_mode(model, kind, tmp_path):
     import tensorflow as tf
 
     images, whole = random_images(5, 6, 8, 8, 3).astype("float32"), nested(model)[kind]
@@ -355,8 +357,8 @@ def test_compiled_and_exported_functions_infer(model, kind, tmp_path):
         ("functional", keras.Sequential([Blackout()])),
     ],
 )
-def test_any_random_layer_acts_in_fit_alone(kind, layer):
-    """In training all images are black: the loss of `fit` is that of `evaluate` on black ones."""
+def test_random_layers_act_only_in_fit(kind, layer):
+    """In training all images are black: `fit` has the loss of `evaluate` on black images."""
     model = make_model(dropout=0.0, augmentation=[layer])
     whole = nested(model)[kind]
     images, labels = random_images(5, 6, 8, 8, 3), np.arange(6) % 5
@@ -369,14 +371,14 @@ def test_any_random_layer_acts_in_fit_alone(kind, layer):
     assert in_fit != pytest.approx(whole.evaluate(images, labels, verbose=0), rel=1e-2)
 
 
-def test_augmentation_acts_in_training_alone_and_not_through_dropout():
+def test_augmentation_acts_in_training_even_without_dropout():
     model = make_model(dropout=0.0)
     images = random_images(6, 6, 8, 8, 3)
     trained = ops.convert_to_numpy(model(images, training=True))
     assert np.abs(trained - predict(model, images)).max() > 1e-2
 
 
-def test_an_empty_list_of_augmentation_leaves_the_images_alone_while_training():
+def test_an_empty_augmentation_leaves_training_images_unchanged():
     model = make_model(dropout=0.0, augmentation=[])
     assert not layers_of(model, (keras.layers.RandomFlip, keras_vit.RandomResizedCrop))
     images = random_images(7, 6, 8, 8, 3)
@@ -384,7 +386,7 @@ def test_an_empty_list_of_augmentation_leaves_the_images_alone_while_training():
     np.testing.assert_allclose(trained, predict(model, images), atol=1e-5)
 
 
-def test_augmentation_of_ones_own_takes_the_place_of_the_default():
+def test_a_custom_augmentation_replaces_the_default():
     invert = keras.layers.Rescaling(-1.0, offset=255.0)
     inverting, plain = make_model(augmentation=[invert]), make_model(augmentation=[])
     plain.adapt(255 - random_images(100, 32, 8, 8, 3))
@@ -397,7 +399,7 @@ def test_augmentation_of_ones_own_takes_the_place_of_the_default():
 # Training and precision
 
 
-def test_a_few_steps_of_fit_tell_dark_images_from_bright_ones():
+def test_a_few_steps_of_fit_learn_to_classify_dark_and_bright_images():
     keras.utils.set_random_seed(9)
     model = keras_vit.VisionTransformer(**SIZES)
     images, labels = random_images(9, 16, 8, 8, 3), np.arange(16) % 2
@@ -434,21 +436,21 @@ def test_the_global_policy_is_the_default():
         keras.config.set_dtype_policy(before)
 
 
-def test_no_layer_switches_xla_off(default_model):
+def test_no_layer_disables_xla(default_model):
     assert all(layer.supports_jit for layer in default_model.layers)
 
 
 # Files
 
 
-def test_a_loaded_model_predicts_what_the_saved_one_predicted(model, saved):
+def test_a_loaded_model_makes_the_predictions_of_the_saved_one(model, saved):
     again = keras.saving.load_model(saved)
     images = random_images(11, 6, 8, 8, 3)
     assert type(again) is keras_vit.VisionTransformer
     np.testing.assert_allclose(predict(again, images), predict(model, images), atol=1e-6)
 
 
-def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
+def test_a_loaded_model_keeps_its_normalization_and_augmentation(tmp_path):
     crop = keras_vit.RandomResizedCrop(8, 8, scale=(0.1, 0.4), ratio=(0.5, 2.0), name="crop")
     model = make_model(dropout=0.0, augmentation=[crop])
     model.save(tmp_path / "model.keras")
@@ -468,7 +470,7 @@ def test_a_loaded_model_carries_normalization_and_augmentation(tmp_path):
     np.testing.assert_allclose(variance, pixels.var(axis=(0, 1, 2)), rtol=1e-4)
 
 
-def test_what_is_frozen_stays_frozen_in_a_file_inner_layers_as_well(tmp_path):
+def test_frozen_layers_stay_frozen_in_a_file_including_nested_ones(tmp_path):
     model = make_model()
     model.get_layer("block_1_attention").query_dense.trainable = False
     model.get_layer("block_2_attention").trainable = False
@@ -477,9 +479,9 @@ def test_what_is_frozen_stays_frozen_in_a_file_inner_layers_as_well(tmp_path):
     again = keras.saving.load_model(tmp_path / "model.keras")
     frozen = [layer.name for layer in again.layers if not layer.trainable]
     assert frozen == ["block_2_attention"]
-    learning = [weight.path for weight in model.trainable_weights]
-    assert [weight.path for weight in again.trainable_weights] == learning
-    # As earlier versions wrote it down.
+    trainable = [weight.path for weight in model.trainable_weights]
+    assert [weight.path for weight in again.trainable_weights] == trainable
+    # The format of earlier versions.
     config = {**model.get_config(), "frozen": ["head"]}
     del config["trainable_layers"], config["quantized_layers"]
     assert not keras_vit.VisionTransformer.from_config(config).get_layer("head").trainable
@@ -508,7 +510,7 @@ def test_a_loaded_model_can_be_adapted_and_saved_again(saved, tmp_path):
     np.testing.assert_allclose(predict(twice, images), predict(once, images), atol=1e-6)
 
 
-def test_a_model_comes_back_from_its_config_with_the_same_graph(model):
+def test_a_model_from_its_config_has_the_same_graph(model):
     config = model.get_config()
     again = keras_vit.VisionTransformer.from_config(config)
     assert again.get_config() == config
@@ -524,9 +526,7 @@ def test_a_model_comes_back_from_its_config_with_the_same_graph(model):
     ],
 )
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_another_process_loads_the_file_on_any_backend_after_importing_the_package(
-    backend, imports, model, saved, tmp_path
-):
+def test_another_process_can_load_the_file_on_any_backend(backend, imports, model, saved, tmp_path):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     images = random_images(14, 3, 8, 8, 3)

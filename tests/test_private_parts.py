@@ -1,6 +1,6 @@
-"""What this package uses of Keras and TensorFlow without their promise, each part by its name.
+"""The private APIs of Keras and TensorFlow that this package uses, checked one by one.
 
-The first test to look at when a new version breaks others: it tells which part is gone.
+If a new version breaks other tests, look here first for the API that has changed.
 """
 
 import ast
@@ -37,12 +37,12 @@ def functional():
 
 
 def has(build, *names):
-    """For each name, a check that what `build` makes has an attribute of it."""
+    """For each name, a check that the object made by `build` has this attribute."""
     return {f"{build.__name__}: {name}": lambda name=name: hasattr(build(), name) for name in names}
 
 
 def takes(function, *names):
-    """A check that a function takes arguments of these names, by keyword and in this order."""
+    """Whether a function takes arguments of these names, in this order."""
     parameters = [name for name in inspect.signature(function).parameters if name != "self"]
     return [name for name in parameters if name in names] == list(names)
 
@@ -62,12 +62,12 @@ def masked_softmax():
 def run_through_graph():
     model, seen = functional(), []
 
-    def noting(operation):
+    def recording(operation):
         seen.append(operation.name)
         return operation
 
     tokens = keras.ops.ones((2, 5, 6))
-    outputs = model._run_through_graph([tokens], operation_fn=noting)
+    outputs = model._run_through_graph([tokens], operation_fn=recording)
     outputs = outputs[0] if isinstance(outputs, list) else outputs
     return seen == [model.layers[1].name] and outputs.shape == (2, 5, 3)
 
@@ -80,10 +80,10 @@ def flatten_layers():
 
 
 def hooks_of_muon():
-    """An update asks which variables are for AdamW, and goes through `_backend_update_step`."""
+    """`apply` calls `_should_use_adamw` and `_backend_update_step`."""
     asked, updated = [], []
 
-    class Noting(keras.optimizers.Muon):
+    class Recorder(keras.optimizers.Muon):
         def _should_use_adamw(self, variable):
             asked.append(variable.name)
             return False
@@ -91,7 +91,7 @@ def hooks_of_muon():
         def _backend_update_step(self, grads, trainable_variables, learning_rate):
             updated.extend(x.name for x in trainable_variables)
 
-    optimizer = Noting()
+    optimizer = Recorder()
     pair = [keras.Variable([[float(i)]], name=f"kernel_{i}") for i in range(2)]
     optimizer.build(pair)
     optimizer.apply([keras.ops.ones((1, 1))] * 2, pair)
@@ -109,7 +109,7 @@ def name_of_a_slot():
 
 
 def steps_of_jax():
-    """`fit` calls `train_function` with the state and an iterator; a step returns logs, state."""
+    """`fit` calls `train_function(state, iterator)`, and a train step returns logs and state."""
     model, calls = functional(), []
     model.compile("sgd", "mse", steps_per_execution=2)
 
@@ -169,7 +169,7 @@ PARTS = {
     "optimizer: zeropower_via_newtonschulz5": lambda: takes(
         keras.optimizers.Muon().zeropower_via_newtonschulz5, "x", "steps"
     ),
-    "optimizer: how it names what it keeps of a variable": name_of_a_slot,
+    "optimizer: names of slots": name_of_a_slot,
     "keras.src.layers.preprocessing.data_layer: DataLayer": lambda: imports(
         "keras.src.layers.preprocessing.data_layer", "DataLayer"
     ),
@@ -180,7 +180,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_a_part_that_nobody_promises_is_there(part):
+def test_a_private_api_is_available(part):
     if "jax" in part and BACKEND != "jax":
         pytest.skip("for JAX alone")
     if "tensorflow" in part:
@@ -188,8 +188,8 @@ def test_a_part_that_nobody_promises_is_there(part):
     assert PARTS[part](), part
 
 
-def test_no_part_is_missing_above():
-    """Every private name in the package's code is its own, or a part, or overrides one."""
+def test_every_private_api_in_use_is_checked_above():
+    """Every private name in the package's code is its own, is checked, or is an override."""
     used, own = set(), set()
     for path in pathlib.Path(keras_vit.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -209,7 +209,7 @@ def test_no_part_is_missing_above():
 
 
 def overridden():
-    """Private methods of Keras's classes that classes of this package have as well."""
+    """Private methods of Keras classes that classes of this package override."""
     names = set()
     for module in pkgutil.walk_packages(keras_vit.__path__, "keras_vit."):
         if module.name.endswith("__main__"):

@@ -1,4 +1,4 @@
-"""The model's description written a second time, in plain PyTorch, to compare logits with."""
+"""An independent implementation of the model in plain PyTorch, to compare logits with."""
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ class TorchVisionTransformer(nn.Module):
         tokens = (height // patch_size) * (width // patch_size) + (pooling == "token")
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("deviation", torch.ones(channels))
-        # A convolution with stride P reads each patch once: the usual way to write it in PyTorch.
+        # A convolution with stride P reads each patch once: the usual implementation in PyTorch.
         self.embedding = nn.Conv2d(channels, embed_dim, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.position = nn.Parameter(torch.zeros(1, tokens, embed_dim))

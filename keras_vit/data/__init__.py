@@ -1,4 +1,4 @@
-"""Where images come from, and the order in which training sees them."""
+"""Data sets of labelled images, and the batches that training reads."""
 
 from keras_vit.data.batches import Batches, DeviceBatches, InOrder
 from keras_vit.data.dataset import Dataset, DatasetError, DatasetUnavailable

@@ -1,4 +1,4 @@
-"""The batches that training and validation see, and their order."""
+"""Batches of images for training and validation, and their order."""
 
 import math
 
@@ -7,20 +7,20 @@ import numpy as np
 
 from keras_vit.devices import on_jax_accelerator
 
-# Largest set of images that is kept on a GPU whole.
+# Largest training set that is kept in the memory of a GPU.
 RESIDENT_BYTES = 4 * 2**30
 
 
 class Batches(keras.utils.PyDataset):
-    """Training batches for `model.fit`, in an order that depends on seed and epoch alone.
+    """Training batches for `model.fit`, in an order that depends on seed and epoch only.
 
-    `fit` prepares iterators that it never uses, so that the order must not follow from how many
-    there were: a callback calls `start_epoch`.
+    `fit` creates iterators that it never uses, so the order must not depend on their number: a
+    callback calls `start_epoch` instead.
 
     Args:
         images: array `(N, H, W, C)`.
         labels: array `(N,)`.
-        batch_size: int, images in a batch; the last one holds what is left.
+        batch_size: int, images per batch; the last batch may be smaller.
         seed: int, at least 0.
     """
 
@@ -30,7 +30,7 @@ class Batches(keras.utils.PyDataset):
         self.start_epoch(1)
 
     def start_epoch(self, epoch, skipped=0):
-        """Shuffles the images anew for an epoch, counted from one, and leaves out first batches."""
+        """Reshuffles the images for an epoch, counted from one, and skips its first batches."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
         self._order = order[skipped * self.batch_size :]
 
@@ -39,20 +39,20 @@ class Batches(keras.utils.PyDataset):
         return math.ceil(len(self._order) / self.batch_size)
 
     def __getitem__(self, index):
-        chosen = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self._take(chosen)
+        indices = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._take(indices)
 
-    def _take(self, chosen):
-        return self.images[chosen], self.labels[chosen]
+    def _take(self, indices):
+        return self.images[indices], self.labels[indices]
 
 
 class InOrder(Batches):
-    """Batches of images as they stand, to measure a model on them.
+    """Batches of images in their original order, for evaluation.
 
     Args:
         images: array `(N, H, W, C)`.
         labels: array `(N,)`.
-        batch_size: int, images in a batch; the last one holds what is left.
+        batch_size: int, images per batch; the last batch may be smaller.
     """
 
     def __init__(self, images, labels, batch_size):
@@ -63,10 +63,10 @@ class InOrder(Batches):
 
 
 class DeviceBatches(Batches):
-    """`Batches` for JAX, cut out of images that lie on the device.
+    """`Batches` for JAX, gathered on the device from a training set that is kept there.
 
-    Only the numbers of the images travel to the device, which saves most of what the host does
-    for a step. A set of more than `RESIDENT_BYTES` stays with the host.
+    Only the indices of a batch are transferred for a step, which saves most of the host's work. A
+    training set of more than `RESIDENT_BYTES` stays on the host.
     """
 
     def __init__(self, images, labels, batch_size, seed):
@@ -74,33 +74,33 @@ class DeviceBatches(Batches):
 
         if images.nbytes <= RESIDENT_BYTES:
             images, labels = jax.device_put((images, labels.astype("int32")))
-            self._cut = jax.jit(lambda images, labels, chosen: (images[chosen], labels[chosen]))
+            self._gather = jax.jit(lambda images, labels, i: (images[i], labels[i]))
         super().__init__(images, labels, batch_size, seed)
 
-    def _take(self, chosen):
+    def _take(self, indices):
         if isinstance(self.images, np.ndarray):
-            return super()._take(chosen)
-        return self._cut(self.images, self.labels, chosen)
+            return super()._take(indices)
+        return self._gather(self.images, self.labels, indices)
 
 
 def batches_of(images, labels, batch_size, seed):
-    """Training batches as `Batches`, kept where the backend reads them fastest."""
+    """Training batches as `Batches`, on the device where the backend benefits from it."""
     kind = DeviceBatches if on_jax_accelerator() else Batches
     return kind(images, labels, batch_size, seed)
 
 
 def fed(batches):
-    """Batches as Keras reads them without waiting.
+    """Batches in the form that Keras reads fastest.
 
-    On TensorFlow, Keras makes a `tf.data.Dataset` of them. The thread that would tune it sleeps up
-    to a minute at a time, and the end of each epoch waits for it to wake (seen with TensorFlow
-    2.21): here nothing is tuned.
+    On TensorFlow, Keras would convert them to a `tf.data.Dataset` with autotuning. The autotuning
+    thread sleeps for up to a minute, and the end of each epoch waits for it (as of TensorFlow
+    2.21): here autotuning is off.
 
     Args:
         batches: a `keras.utils.PyDataset` of arrays.
 
     Returns:
-        A `tf.data.Dataset`, or on other backends the batches as they are.
+        A `tf.data.Dataset`, or, on other backends, the batches themselves.
     """
     if keras.backend.backend() != "tensorflow":
         return batches

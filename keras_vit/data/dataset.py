@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_vit.data.folders import TEST, TRAIN, VALIDATION, ImageFile
 
-# Sets whose classes a mirror changes: a mirrored 2 is no digit.
+# Data sets whose classes are not invariant to horizontal flips, such as digits.
 NOT_MIRRORED = {
     "binarized_mnist",
     "binary_alpha_digits",
@@ -22,12 +22,12 @@ NOT_MIRRORED = {
     "svhn",
     "svhn_cropped",
 }
-# Hexadecimal digits of an image's digest that a model carries.
+# Hexadecimal digits of the image digests that are saved with a model.
 SHORT = 12
-# What an image of a manifest is for that `limit_train` leaves out.
+# The split of images that `limit_train` leaves out.
 UNUSED = "unused"
-# Share of the images that becomes the test set where a source has none; the seed never changes.
-TEST_SHARE, TEST_SEED = 0.2, 0
+# Fraction of the images held out as test set if a source has none, and its fixed seed.
+TEST_FRACTION, TEST_SEED = 0.2, 0
 
 
 class DatasetError(RuntimeError):
@@ -35,12 +35,12 @@ class DatasetError(RuntimeError):
 
 
 class DatasetUnavailable(DatasetError):
-    """A data set is not on disk, and the network or the disk keeps it from being downloaded."""
+    """A data set is not on disk and cannot be downloaded, because of the network or the disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Labelled images for training and testing, in memory, or mapped into it if they are large.
+    """Labelled images for training and testing, in memory or memory-mapped.
 
     `limit_train` and `hold_out` copy what they keep into memory.
 
@@ -51,10 +51,10 @@ class Dataset:
         test_images: like `train_images`.
         test_labels: like `train_labels`.
         class_names: list of strings.
-        horizontal_flip: bool, whether a mirrored image keeps its class.
-        validation: pair `(images, labels)` to validate on, if the source sets some apart.
-        manifest: tuple of `ImageFile`, what a folder's files are for, those of each split in the
-            order of its images; None of other sources.
+        horizontal_flip: bool, whether a flipped image keeps its class.
+        validation: pair `(images, labels)`, the validation set, if the source has one.
+        manifest: tuple of `ImageFile`, the files of a folder, those of each split in the order of
+            its images; None for other sources.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Dataset:
 
     @property
     def seen(self) -> tuple[str, ...]:
-        """Short digests of the images of a folder that are there to train or to validate on."""
+        """Short digests of the training and validation images of a folder."""
         files = self.manifest or ()
         return tuple(x.digest[:SHORT] for x in files if x.split in (TRAIN, VALIDATION))
 
     def without(self, seen: Collection[str]) -> "Dataset":
-        """The same data but for the test images of a folder whose short digest is among `seen`."""
+        """The same data without the test images of a folder whose short digest is in `seen`."""
         if self.manifest is None:
             return self
         is_new = [x.digest[:SHORT] not in seen for x in self.manifest if x.split == TEST]
@@ -93,16 +93,16 @@ class Dataset:
     def for_training(
         self, validation: int, limit_train: int | None, seed: int
     ) -> tuple["Dataset", tuple[np.ndarray, np.ndarray] | None]:
-        """The data of a run, as `hold_out` and then `limit_train` leave it.
+        """Applies `hold_out` and then `limit_train`.
 
         Args:
-            validation: int, how many training images to hold out; 0 for those that the source
-                sets apart.
-            limit_train: int, how many training images to keep at most; None for all.
+            validation: int, number of training images to hold out; 0 for the validation set of
+                the source, if any.
+            limit_train: int, maximum number of training images; None for all.
             seed: int.
 
         Returns:
-            The data, and the pair `(images, labels)` to validate on, which may be None.
+            The data, and the validation set `(images, labels)` or None.
         """
         data, held_out = self, self.validation
         if validation:
@@ -112,30 +112,30 @@ class Dataset:
         return data, held_out
 
     def limit_train(self, count: int, seed: int) -> "Dataset":
-        """The same data with at most `count` training images, each class in proportion."""
+        """The same data with at most `count` training images, stratified by class."""
         return self._split_train(
             min(count, len(self.train_labels)), seed, f"limit_train={count}", UNUSED
         )[0]
 
     def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
-        """Sets `count` training images aside, drawn from each class in proportion.
+        """Holds out a validation set of `count` training images, stratified by class.
 
         Returns:
             The data without them, and the pair `(images, labels)` held out.
 
         Raises:
-            ValueError: if the data have images to validate on, or too few for either side.
+            ValueError: if there already is a validation set, or if there are too few images.
         """
         if self.validation is not None:
             raise ValueError(
                 f"{self.name} has a validation set of {len(self.validation[1])} images. Leave out "
-                "--validation, or move these images to those to train on. "
+                "--validation, or move these images to the training set. "
                 f"Received: validation={count}"
             )
         received = f"validation={count}"
         count = len(self.train_labels) - count
-        kept, aside = self._split_train(count, seed, received, VALIDATION)
-        return kept, (self.train_images[aside], self.train_labels[aside])
+        kept, held_out = self._split_train(count, seed, received, VALIDATION)
+        return kept, (self.train_images[held_out], self.train_labels[held_out])
 
     def _split_train(self, count, seed, received, split):
         total, classes = len(self.train_labels), len(self.class_names)
@@ -143,26 +143,26 @@ class Dataset:
             return self, np.empty(0, int)
         if not classes <= count <= total - classes:
             raise ValueError(
-                f"{self.name} has {total} training images of {classes} classes, and a split leaves "
-                f"{classes} or more on either side. Received: {received}"
+                f"{self.name} has {total} training images of {classes} classes: a split must leave "
+                f"at least {classes} images on either side. Received: {received}"
             )
-        kept, aside = stratified_split(self.train_labels, count, seed)
+        kept, held_out = stratified_split(self.train_labels, count, seed)
         manifest = self.manifest
         if manifest is not None:
             manifest = list(manifest)
             places = [place for place, file in enumerate(manifest) if file.split == TRAIN]
-            for place in (places[index] for index in aside):
+            for place in (places[index] for index in held_out):
                 manifest[place] = dataclasses.replace(manifest[place], split=split)
             manifest = tuple(manifest)
         images, labels = self.train_images[kept], self.train_labels[kept]
         data = dataclasses.replace(
             self, train_images=images, train_labels=labels, manifest=manifest
         )
-        return data, aside
+        return data, held_out
 
 
 def digest(dataset):
-    """A string that differs for different training images, labels or orders of them."""
+    """A digest of the training images, their labels and their order."""
     if dataset.manifest is not None:
         files = [(x.class_name, x.digest) for x in dataset.manifest if x.split == TRAIN]
         content = json.dumps([dataset.image_shape, dataset.class_names, files])
@@ -175,7 +175,7 @@ def digest(dataset):
 
 
 def stratified_split(labels, count, seed):
-    """Splits indices into `count` and the rest, each class in proportion, both in rising order."""
+    """Splits indices into `count` and the rest, stratified by label, both in ascending order."""
     from sklearn.model_selection import train_test_split
 
     first, second = train_test_split(
@@ -185,16 +185,11 @@ def stratified_split(labels, count, seed):
 
 
 def split_off_test(name, images, labels, class_names, horizontal_flip):
-    """A `Dataset` out of images that nobody has split."""
-    count = len(labels) - round(len(labels) * TEST_SHARE)
+    """A `Dataset` from images without a test set: a fraction of them is held out."""
+    count = len(labels) - round(len(labels) * TEST_FRACTION)
     try:
         train, test = stratified_split(labels, count, TEST_SEED)
     except ValueError as error:
-        raise DatasetError(f"{name} has too few images to set some aside for testing") from error
+        raise DatasetError(f"{name} has too few images to hold out a test set") from error
     pairs = images[train], labels[train], images[test], labels[test]
     return Dataset(name, *pairs, class_names, horizontal_flip)
-
-
-def first_line(error):
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""A folder with one sub-folder of images per class: what each of its files is for."""
+"""Folders with one sub-folder of images per class, and how their files are split."""
 
 import dataclasses
 import hashlib
@@ -10,13 +10,13 @@ from keras_vit.data import cache
 from keras_vit.data.images import ImageError
 from keras_vit.files import visible
 
-# Share of the files that may be unreadable.
+# Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
-# Names of the folders beside `train` that hold images to test on or, after the first that is
-# there, to validate on.
+# Names of the folders beside `train`: the first that exists is the test set, the next one the
+# validation set.
 OTHER_FOLDERS = ("test", "val", "validation")
-# What an image file is for, in the order of a manifest. Copies are not used: a later split has a
-# file of the same content.
+# Splits in the order of a manifest. Copies are not used: a later split has a file with the same
+# content.
 SPLITS = TRAIN, VALIDATION, TEST, COPY = "train", "validation", "test", "copy"
 
 
@@ -25,12 +25,12 @@ class ImageFile:
     """An entry of a folder's manifest.
 
     Attributes:
-        path: string, the file's place inside the folder.
-        class_name: string, the sub-folder that it lies in.
-        split: string, what it is for: one of `SPLITS`.
-        digest: string, SHA-256 of its content in hexadecimal; empty if it cannot be read.
-        moved: bool, whether it is on another side than its path says, because its class would have
-            none there.
+        path: string, relative to the folder.
+        class_name: string, the name of its sub-folder.
+        split: string, one of `SPLITS`.
+        digest: string, hexadecimal SHA-256 of its content; empty if it cannot be read.
+        moved: bool, whether it was moved to another split than its path implies, because its
+            class would have no images there.
     """
 
     path: str
@@ -41,19 +41,19 @@ class ImageFile:
 
 
 def list_folder(folder, test_fraction=0.2):
-    """The manifest of a folder of images: what each file is for.
+    """The manifest of a folder of images: the split of each file.
 
-    Where no `test` or `val` lies beside `train`, a hash of its path inside the folder decides
-    whether a file is tested on: it stays so whatever else the folder holds, and wherever that lies.
-    Only a class whose files would all be on one side has one of them moved to the other.
+    Without `test` or `val` beside `train`, a hash of a file's path relative to the folder decides
+    whether it is a test image, independent of other files and of the location of the folder. Only
+    if all files of a class would be in the same split, one of them is moved to the other.
 
     Args:
         folder: `Path` of a folder with one sub-folder of images per class; or with `train` and
             `test` (or `val`, or both) above them.
-        test_fraction: float, how likely a file is tested on.
+        test_fraction: float, probability that a file becomes a test image.
 
     Returns:
-        List of `ImageFile` in the order of `SPLITS`, and sorted names of the classes.
+        List of `ImageFile` in the order of `SPLITS`, and the sorted class names.
 
     Raises:
         ImageError: if there are no files.
@@ -63,11 +63,11 @@ def list_folder(folder, test_fraction=0.2):
     for split, top in parts.items():
         for class_folder in _sub_folders(top):
             paths, name = visible(class_folder), class_folder.name
-            tested, moved = _set_aside(top, paths, test_fraction) if len(parts) == 1 else ((), ())
+            tested, moved = _hold_out(top, paths, test_fraction) if len(parts) == 1 else ((), ())
             names.add(name)
             files += [(x, name, TEST if x in tested else split, x in moved) for x in paths]
     if not files:
-        raise ImageError(f"{folder} has no images in sub-folders, which should name their classes")
+        raise ImageError(f"{folder} has no images in sub-folders, one per class")
     digests = cache.digests(folder, [path for path, *_ in files])
     last = {}
     for (_, _, split, _), digest in zip(files, digests):
@@ -91,17 +91,17 @@ def read_folder(folder, files, image_size=None):
     Args:
         folder: `Path`.
         files: list of `ImageFile`, its manifest.
-        image_size: int or pair `(height, width)`, pixels that images are resized to; by default
-            their own size if all agree and it is at most 128, else what suits their median, from
-            32 to 64.
+        image_size: int or pair `(height, width)`, size in pixels that images are resized to; by
+            default their own size if all have the same one of at most 128, else a square from 32
+            to 64 by their median side.
 
     Returns:
-        uint8 array `(N, H, W, 3)`, memory-mapped if it is large; and those of `files` that could be
-        read, one for each image. stderr tells the others.
+        uint8 array `(N, H, W, 3)`, memory-mapped if it is large; and the entry of `files` of each
+        image. Warnings list the unreadable files.
 
     Raises:
-        ImageError: if an image has over 89 million pixels, or one in a hundred files cannot be
-            read.
+        ImageError: if an image has more than 89 million pixels, or if 1% of the files or more
+            cannot be read.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     images, unreadable = cache.decoded(folder, files, size)
@@ -118,7 +118,7 @@ def read_folder(folder, files, image_size=None):
 
 
 def check_trainable(folder, files, names):
-    """Raises an `ImageError` unless a manifest has two classes to train on, and images to test on.
+    """Raises an `ImageError` unless a manifest has at least two classes and test images.
 
     Args:
         folder: `Path`, for the message.
@@ -127,30 +127,30 @@ def check_trainable(folder, files, names):
     """
     if len(names) < 2:
         raise ImageError(f"{folder} has images of one class only, {names[0]!r}")
-    filled = {file.class_name for file in files}
+    present = {file.class_name for file in files}
     trained = {file.class_name for file in files if file.split == TRAIN}
     for name in names:
         if not _is_text(name):
             raise ImageError(f"class {name!r} in {folder} has a name that is not UTF-8")
-        if name not in filled:
+        if name not in present:
             raise ImageError(f"class {name!r} in {folder} has no images")
         if name not in trained:
             raise ImageError(
-                f"class {name!r} in {folder} has no training image that can be read and is no copy "
-                "of a test image"
+                f"class {name!r} in {folder} has no readable training image that is not a copy of "
+                "a test image"
             )
     if not any(file.split == TEST for file in files):
-        raise ImageError(f"{folder} has no test image that can be read")
+        raise ImageError(f"{folder} has no readable test image")
 
 
 def warn_of_split(files, names):
-    """Tells stderr where a manifest is not what the paths of its files alone say."""
+    """Warns where the splits of a manifest differ from what the paths of its files imply."""
     for file in files:
         if file.moved and file.split != COPY:
-            side = "training" if file.split == TRAIN else file.split
+            split = "training" if file.split == TRAIN else file.split
             warn(
-                f"class {file.class_name!r} has too few images to lie on both sides: "
-                f"{_printable(file.path)} was moved to the {side} images"
+                f"class {file.class_name!r} has too few images for both splits: "
+                f"{_printable(file.path)} was moved to the {split} images"
             )
     tested = {file.class_name for file in files if file.split == TEST}
     if untested := [name for name in names if name not in tested]:
@@ -158,7 +158,7 @@ def warn_of_split(files, names):
     copies = [_printable(file.path) for file in files if file.split == COPY]
     if copies:
         warn(
-            f"left out {len(copies)} images that are copies of others to test or validate on: "
+            f"left out {len(copies)} images that are copies of test or validation images: "
             + ", ".join(copies[:5])
             + (", ..." if len(copies) > 5 else "")
         )
@@ -169,40 +169,40 @@ def warn(message):
 
 
 def _parts(folder):
-    """The folders above those of the classes, by what their images are for."""
+    """The folders that contain the class folders, by split."""
     tops = {path.name: path for path in _sub_folders(folder)}
     others = [tops[name] for name in OTHER_FOLDERS if name in tops]
     if "train" in tops and "val" in tops and "validation" in tops:
         raise ImageError(
-            f"{folder} has both 'val' and 'validation': expected one folder of images to validate "
-            "on, so merge them"
+            f"{folder} has both 'val' and 'validation': expected one folder of validation "
+            "images, so merge them"
         )
     if "train" in tops and (others or len(tops) == 1):
         return dict(zip((TRAIN, TEST, VALIDATION), (tops["train"], *others)))
     return {TRAIN: folder}
 
 
-def _set_aside(top, paths, fraction):
-    """The files of a class to test on; and the one among all that had to be moved, if any."""
-    places = {path: _place(path.relative_to(top)) for path in paths}
-    tested = {path for path in paths if places[path] < fraction}
+def _hold_out(top, paths, fraction):
+    """The test files of a class, and the file that had to be moved, if any."""
+    hashes = {path: _path_hash(path.relative_to(top)) for path in paths}
+    tested = {path for path in paths if hashes[path] < fraction}
     if 0 < len(tested) < len(paths) or not paths:
         return tested, set()
     if len(paths) == 1:
         return set(), tested
-    moved = {(max if tested else min)(paths, key=lambda path: places[path])}
+    moved = {(max if tested else min)(paths, key=lambda path: hashes[path])}
     return tested ^ moved, moved
 
 
-def _place(path):
-    """A number in [0, 1) that follows from a path alone."""
-    # macOS takes accents apart.
+def _path_hash(path):
+    """A hash of a path, in [0, 1)."""
+    # macOS decomposes accented letters.
     name = os.fsencode(unicodedata.normalize("NFC", path.as_posix()))
     return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
 
 
 def _is_text(name):
-    """Whether the name of a file can be written as UTF-8, and not as bytes only."""
+    """Whether a file name is valid UTF-8."""
     try:
         return bool(name.encode())
     except UnicodeEncodeError:
@@ -214,5 +214,5 @@ def _printable(path):
 
 
 def _sub_folders(folder):
-    found = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [path for path in found if not path.name.startswith(".")]
+    paths = sorted(path for path in folder.iterdir() if path.is_dir())
+    return [path for path in paths if not path.name.startswith(".")]

@@ -1,4 +1,4 @@
-"""Image files of any kind as arrays of pixels."""
+"""Reading image files of any format as arrays of pixels."""
 
 import concurrent.futures
 import functools
@@ -6,46 +6,45 @@ import functools
 import numpy as np
 from PIL import Image, ImageOps
 
-# An image that would unpack to more pixels is refused, as a small file can hold gigabytes: Pillow
-# warns there.
+# Images with more pixels are rejected, as a small file can decompress to gigabytes. Pillow's limit.
 MOST_PIXELS = 89_478_485
-# Sides that images of a folder are resized to where they differ in size: from, to, in steps of.
+# Range and step of the side that images of different sizes are resized to.
 SMALLEST_SIDE, LARGEST_SIDE, SIDE_STEP = 32, 64, 8
-# Images that are all of one size keep it up to this side.
+# Images that all have the same size keep it up to this side.
 LARGEST_OWN_SIDE = 128
 
 
 class ImageError(RuntimeError):
-    """A file holds no image that can be read, or a folder no images to learn from."""
+    """An image file cannot be read, or a folder has no images to train on."""
 
 
 class TooLarge(ImageError):
-    """An image would unpack to more than `MOST_PIXELS`."""
+    """An image has more than `MOST_PIXELS`."""
 
 
 def read_image(path, size=None, channels=3):
-    """Reads an image of any kind that Pillow knows as 8-bit RGB or grey.
+    """Reads an image of any format that Pillow supports as 8-bit RGB or grayscale.
 
-    It is turned as its EXIF data say; palettes, CMYK and grey become RGB, 16 bits become 8,
-    transparent pixels white; of an animation, the first frame is taken.
+    The EXIF orientation is applied; palettes, CMYK and grayscale become RGB, 16 bits become 8,
+    transparent pixels become white; of an animation, the first frame is used.
 
     Args:
         path: string, `Path` or binary file.
-        size: pair `(height, width)` in pixels to resize to, whatever the image's own shape is,
-            bilinear and antialiased; by default its own size.
-        channels: int, 3 for RGB or 1 for grey.
+        size: pair `(height, width)` in pixels to resize to, bilinear and antialiased, without
+            keeping the aspect ratio; by default the image's own size.
+        channels: int, 3 for RGB or 1 for grayscale.
 
     Returns:
         uint8 array `(H, W, channels)`.
 
     Raises:
         ImageError: if the file cannot be read.
-        TooLarge: if it would unpack to over 89 million pixels.
+        TooLarge: if it has more than 89 million pixels.
     """
     try:
         with _opened(path) as image:
             if size is not None:
-                # A JPEG file unpacks to an eighth, a fourth or half of its size for little work.
+                # JPEG can be decoded at an eighth, a quarter or half of its size at low cost.
                 image.draft(None, (4 * max(size), 4 * max(size)))
             image = _rgb(ImageOps.exif_transpose(image))
             if channels == 1:
@@ -55,12 +54,12 @@ def read_image(path, size=None, channels=3):
             return np.asarray(image).reshape(image.height, image.width, channels)
     except ImageError:
         raise
-    except Exception as error:  # What a damaged file provokes in Pillow is of any kind.
-        raise ImageError(_reason(error)) from error
+    except Exception as error:  # A damaged file can make Pillow raise anything.
+        raise ImageError(first_line(error, with_type=False)) from error
 
 
 def common_size(files):
-    """Height and width that suit all images; unreadable ones do not count."""
+    """A common height and width for all images, ignoring unreadable ones."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sizes = [size for size in pool.map(_size_of, files) if size is not None]
     if not sizes:
@@ -73,11 +72,11 @@ def common_size(files):
 
 
 def _size_of(path):
-    """Height and width of an image as it is shown; None if it cannot be read."""
+    """Height and width of an image after EXIF orientation; None if it cannot be read."""
     try:
         with _opened(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5
-            return image.size if turned else image.size[::-1]
+            is_transposed = image.getexif().get(0x0112, 1) >= 5
+            return image.size if is_transposed else image.size[::-1]
     except TooLarge:
         raise
     except Exception:
@@ -86,13 +85,13 @@ def _size_of(path):
 
 @functools.cache
 def _formats():
-    """What Pillow reads but for EPS, for which it would start Ghostscript on a stranger's file."""
+    """The formats of Pillow except EPS, for which it would run Ghostscript on an untrusted file."""
     Image.init()
     return tuple(name for name in Image.OPEN if name != "EPS")
 
 
 def _opened(path):
-    """A Pillow image whose pixels are not unpacked yet, if it is not too large for that."""
+    """Opens an image without decoding its pixels; raises `TooLarge` if there are too many."""
     try:
         image = Image.open(path, formats=_formats())
         width, height = image.size
@@ -102,13 +101,13 @@ def _opened(path):
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         pass
     name = getattr(path, "name", path)
-    raise TooLarge(f"{name} would unpack to over {MOST_PIXELS:,} pixels")
+    raise TooLarge(f"{name} has more than {MOST_PIXELS:,} pixels")
 
 
 def _rgb(image):
     """A Pillow image of any mode in 8-bit RGB."""
     if image.mode == "F":
-        raise ImageError("its pixels are fractions, whose range is not known")
+        raise ImageError("its pixels are floats of unknown range")
     if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16.
         values = np.clip(np.asarray(image).astype("int64"), 0, 65535)
         image = Image.fromarray(np.round(values / 257).astype("uint8"))
@@ -119,6 +118,9 @@ def _rgb(image):
     return image.convert("RGB")
 
 
-def _reason(error):
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def first_line(error, with_type=True):
+    """The first line of an exception's message, for an error message of one line."""
+    lines, name = str(error).strip().splitlines(), type(error).__name__
+    if not lines:
+        return name
+    return f"{name}: {lines[0][:200]}" if with_type else lines[0][:200]

@@ -1,4 +1,4 @@
-"""From the name of a data set to its images."""
+"""Loading a data set by name, file or folder."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from keras_vit.data.arrays import load_digits, load_npz
-from keras_vit.data.dataset import NOT_MIRRORED, SHORT, TEST_SHARE, Dataset, DatasetError
+from keras_vit.data.dataset import NOT_MIRRORED, SHORT, TEST_FRACTION, Dataset, DatasetError
 from keras_vit.data.folders import (
     COPY,
     TEST,
@@ -23,7 +23,7 @@ from keras_vit.data.folders import (
 from keras_vit.data.images import ImageError
 from keras_vit.data.tfds import load_tfds
 
-# Sets that go by their name even where a folder is called the same.
+# Names that refer to a data set even if there is a folder of the same name.
 NAMED = ("cifar10", "cifar100", "digits")
 
 
@@ -35,41 +35,40 @@ def load_dataset(
     """Loads labelled images for training and testing.
 
     Args:
-        source: string, `"digits"` for the 1,797 scanned digits that
-            scikit-learn carries, enlarged from 8x8 to 32x32 RGB; a file
-            `*.npz` with Keras's arrays `x_train`, `y_train`, `x_test` and
-            `y_test`, and `class_names` if it has them; a folder with one
-            sub-folder of images per class, or with `train` and `test` above
-            them, and `val` if it has images to validate on; or the name of
-            any image classification set of TensorFlow Datasets, such as
-            `"cifar10"`, whose images of different sizes, or with a side of over
-            128 pixels, are resized to 64x64 (those of a folder to their
-            median side, from 32 to 64). A set without a labelled test or
-            validation split gives up a fifth of its images for one; in a
-            folder, the path of each file inside it decides.
+        source: string, `"digits"` for the 1,797 scanned digits of
+            scikit-learn, enlarged from 8x8 to 32x32 RGB; an `.npz` file with
+            Keras's arrays `x_train`, `y_train`, `x_test` and `y_test`, and
+            optionally `class_names`; a folder with one sub-folder of images
+            per class, or with `train`, `test` and optionally `val` above
+            them; or the name of any image classification set of TensorFlow
+            Datasets, such as `"cifar10"`. Images of different sizes, or with a
+            side of more than 128 pixels, are resized to 64x64 (those of a
+            folder to their median side, from 32 to 64). If there is no
+            labelled test or validation split, a fifth of the images is held
+            out for testing; in a folder, by a hash of each file's path.
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
-        image_size: int or pair `(height, width)`, pixels that the images of
-            a folder are resized to.
+        image_size: int or pair `(height, width)`, size in pixels that the
+            images of a folder are resized to.
 
     Returns:
         A `Dataset`.
 
     Raises:
-        DatasetError: if the set is unknown, if it is neither on disk nor can
-            be downloaded, or if it is not for image classification.
+        DatasetError: if the data set is unknown, is not on disk and cannot be
+            downloaded, or is not for image classification.
     """
     if is_folder(source):
         return _load_folder(pathlib.Path(source).expanduser(), image_size)
     if image_size is not None:
-        raise DatasetError(f"an image size is for folders of images, and {source} is none")
+        raise DatasetError(f"an image size is only for folders of images, and {source} is not one")
     if source == "digits":
         return load_digits()
     return load_npz(source) if source.endswith(".npz") else load_tfds(source, data_dir)
 
 
 def is_folder(source):
-    """Whether the source of a data set is a folder of images, not a set that goes by that name."""
+    """Whether a source is a folder of images and not the name of a data set."""
     return source not in NAMED and os.path.isdir(os.path.expanduser(source))
 
 
@@ -79,25 +78,25 @@ def load_unseen(
     class_names: Sequence[str] | None,
     seen: Collection[str],
 ) -> tuple[Dataset, dict[str, int]]:
-    """Loads all images of a folder that a model has not seen, to test it on.
+    """Loads all images of a folder that a model was not trained or validated on.
 
     Args:
-        folder: string, a folder as `load_dataset` takes it, with some of the classes.
-        image_size: pair `(height, width)`, pixels that images are resized to.
-        class_names: names of the model's classes in their order; None for the sorted sub-folders.
+        folder: string, a folder as for `load_dataset`, with some of the classes.
+        image_size: pair `(height, width)`, size in pixels that images are resized to.
+        class_names: class names of the model, in order; None for the sorted sub-folders.
         seen: short digests of the images that the model was trained or validated on; if empty,
-            nobody knows them, and only what `load_dataset` tests on is taken.
+            they are unknown, and only the test images of `load_dataset` are used.
 
     Returns:
-        A `Dataset` whose test images they are, and whose training images as well; and how many
-        images were left out, by the reason.
+        A `Dataset` with these images as test images (and as training images); and the number of
+        images that were left out, by reason.
 
     Raises:
-        DatasetError: if there is none, or if one in a hundred files cannot be read.
+        DatasetError: if there are none, or if 1% of the files or more cannot be read.
     """
     path = pathlib.Path(folder).expanduser()
-    with _naming(path):
-        listed, names = list_folder(path, TEST_SHARE)
+    with _dataset_errors(path):
+        listed, names = list_folder(path, TEST_FRACTION)
         class_names = list(names if class_names is None else class_names)
         others = ", ".join(name for name in names if name not in class_names)
         if not set(names) & set(class_names):
@@ -108,31 +107,31 @@ def load_unseen(
     reasons = {
         "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
         "that are copies of others": lambda x: x.split == COPY,
-        f"of classes that the model does not know ({others})": lambda x: (
+        f"of classes that the model was not trained on ({others})": lambda x: (
             x.class_name not in class_names
         ),
         "of the training split (the model does not record its training images)": lambda x: (
             not seen and x.split != TEST
         ),
     }
-    why = [next((y for y, holds in reasons.items() if holds(x)), None) for x in files]
-    left_out = {reason: why.count(reason) for reason in reasons if reason in why}
+    applying = [next((y for y, holds in reasons.items() if holds(x)), None) for x in files]
+    left_out = {reason: applying.count(reason) for reason in reasons if reason in applying}
     if len(files) < len(listed):
         left_out["that cannot be read"] = len(listed) - len(files)
-    kept = np.array([reason is None for reason in why])
+    kept = np.array([reason is None for reason in applying])
     if not kept.any():
-        found = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        raise DatasetError(f"{folder} has no image to test on, only {found}")
+        counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+        raise DatasetError(f"{folder} has no images to test on, only {counts}")
     images = images if kept.all() else images[kept]
-    files = [dataclasses.replace(file, split=TEST) for file, taken in zip(files, kept) if taken]
+    files = [dataclasses.replace(file, split=TEST) for file, is_kept in zip(files, kept) if is_kept]
     labels = np.array([class_names.index(file.class_name) for file in files], "int64")
     name, pair = path.resolve().name, (images, labels)
     return Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files)), left_out
 
 
 def _load_folder(folder, image_size):
-    with _naming(folder):
-        files, names = list_folder(folder, TEST_SHARE)
+    with _dataset_errors(folder):
+        files, names = list_folder(folder, TEST_FRACTION)
         check_trainable(folder, files, names)
         images, files = read_folder(folder, files, image_size)
         check_trainable(folder, files, names)
@@ -141,7 +140,7 @@ def _load_folder(folder, image_size):
     splits = [file.split for file in files]
 
     def part(split):
-        """Views, as the manifest has the images of a split side by side."""
+        """Views, because the images of a split are contiguous in the manifest."""
         start, count = splits.index(split), splits.count(split)
         return images[start : start + count], labels[start : start + count]
 
@@ -158,8 +157,8 @@ def _load_folder(folder, image_size):
 
 
 @contextlib.contextmanager
-def _naming(folder):
-    """Turns what is wrong with a folder into a `DatasetError`."""
+def _dataset_errors(folder):
+    """Turns errors in reading a folder into a `DatasetError`."""
     try:
         yield
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Image classification sets of TensorFlow Datasets."""
+"""Image classification data sets of TensorFlow Datasets."""
 
 import numpy as np
 
@@ -7,11 +7,11 @@ from keras_vit.data.dataset import (
     Dataset,
     DatasetError,
     DatasetUnavailable,
-    first_line,
     split_off_test,
 )
+from keras_vit.data.images import first_line
 
-# Side that images are resized to where those of a set differ in size or are larger than LARGEST.
+# Side that images are resized to if they differ in size or have a side larger than LARGEST.
 RESIZED_SIDE, LARGEST = 64, 128
 
 
@@ -23,7 +23,7 @@ def load_tfds(source, data_dir):
     mirror, names = NOT_MIRRORED.isdisjoint(parts), list(label_feature.names)
     train = _read_split(builder, "train", image_feature)
     if train is None:
-        raise DatasetError(f"{source} has no labelled split named 'train' to learn from")
+        raise DatasetError(f"{source} has no labelled split named 'train'")
     for split in ("test", "validation"):
         test = _read_split(builder, split, image_feature)
         if test is not None:
@@ -36,8 +36,9 @@ def _builder(source, data_dir):
         import tensorflow_datasets as tfds
     except ImportError as error:
         raise DatasetError(
-            f"{source!r} is no folder of images, and sets of TensorFlow Datasets need packages "
-            f"that are missing ({first_line(error)}): try `pip install tensorflow tensorflow-datasets`"
+            f"{source!r} is not a folder of images, and TensorFlow Datasets needs packages "
+            f"that are missing ({first_line(error)}): try "
+            "`pip install tensorflow tensorflow-datasets`"
         ) from error
     try:
         return tfds.builder(source, data_dir=data_dir)
@@ -49,14 +50,14 @@ def _builder(source, data_dir):
 
 
 def _prepare(builder):
-    """Downloads a set unless its files lie on disk."""
+    """Downloads and prepares a data set unless it is on disk."""
     if builder.is_prepared():
         return
     import tensorflow as tf
     import tensorflow_datasets as tfds
 
-    of_network_or_disk = (
-        OSError,  # Those of `requests` are among them.
+    network_or_disk_errors = (
+        OSError,  # Includes the exceptions of `requests`.
         tfds.download.DownloadError,
         tf.errors.PermissionDeniedError,
         tf.errors.ResourceExhaustedError,
@@ -64,14 +65,14 @@ def _prepare(builder):
     )
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
-        _ask_server(builder)
+        _check_network(builder)
         builder.download_and_prepare(download_config=config)
-    except of_network_or_disk as error:
+    except network_or_disk_errors as error:
         raise DatasetUnavailable(
             f"{builder.name} is not in {builder.data_dir} and could not be downloaded "
-            f"({first_line(error)}). Prepare it on a machine with a network by "
-            f"`tfds build {builder.name}`, copy the folder, and name its parent with --data-dir "
-            "or the environment variable TFDS_DATA_DIR"
+            f"({first_line(error)}). Prepare it on a machine with network access with "
+            f"`tfds build {builder.name}`, copy the folder, and pass its parent folder by "
+            "--data-dir or the environment variable TFDS_DATA_DIR"
         ) from error
     except Exception as error:
         raise DatasetError(
@@ -79,20 +80,20 @@ def _prepare(builder):
         ) from error
 
 
-def _ask_server(builder):
-    """Raises where no network leads to a set's files: TensorFlow Datasets would try for minutes."""
+def _check_network(builder):
+    """Raises at once if the download server is unreachable, which takes `tfds` minutes."""
     import requests
 
     url = next(iter(builder.url_infos or ()), "")
-    # What it writes beside each file that it has downloaded, in older versions into one folder.
-    notes = (f"downloads/{builder.name}/*.INFO", "downloads/*.INFO")
-    is_downloaded = any(any(builder.data_dir_root.glob(note)) for note in notes)
+    # Written beside each downloaded file; older versions use a single folder.
+    patterns = (f"downloads/{builder.name}/*.INFO", "downloads/*.INFO")
+    is_downloaded = any(any(builder.data_dir_root.glob(x)) for x in patterns)
     if url.startswith("http") and not is_downloaded:
         requests.head(url, timeout=10)
 
 
 def _supervised_features(builder):
-    """The features for image and label of a classification set."""
+    """The image and label features of a classification data set."""
     import tensorflow_datasets as tfds
 
     features, keys = builder.info.features, builder.info.supervised_keys or ()
@@ -101,13 +102,13 @@ def _supervised_features(builder):
     if len(pair) != 2 or not all(map(isinstance, pair, kinds)) or pair[0].np_dtype != np.uint8:
         raise DatasetError(
             f"{builder.name} is not an image classification set: expected 8-bit images with one "
-            f"label each, but it is supervised by {keys or 'nothing'}"
+            f"label each, but its supervised keys are {keys or 'missing'}"
         )
     return pair
 
 
 def _read_split(builder, split, image_feature):
-    """Images and labels of one split as two arrays; None if it is not there or has no labels."""
+    """Images and labels of a split as two arrays; None if it is missing or unlabelled."""
     import tensorflow as tf
 
     if split not in builder.info.splits:
@@ -117,7 +118,7 @@ def _read_split(builder, split, image_feature):
     except (OSError, StopIteration, tf.errors.OpError) as error:
         raise DatasetError(
             f"{builder.name} in {builder.data_dir} cannot be read ({first_line(error)}): if it is "
-            f"damaged, remove this folder and prepare it anew by `tfds build {builder.name}`"
+            f"damaged, remove this folder and prepare it again with `tfds build {builder.name}`"
         ) from error
 
 
@@ -126,16 +127,16 @@ def _read_arrays(builder, split, image_feature):
 
     images = builder.as_dataset(split=split, as_supervised=True)
     _, first_label = next(iter(images.take(1)))
-    if first_label < 0:  # How sets mark a label that is kept secret.
+    if first_label < 0:  # Marks labels that are not public.
         return None
     height, width, _ = image_feature.shape
     if None in (height, width) or max(height, width) > LARGEST:
-        side = RESIZED_SIDE, RESIZED_SIDE
+        size = RESIZED_SIDE, RESIZED_SIDE
 
         def resize(image, label):
-            image = tf.image.resize(tf.cast(image, tf.float32), side, antialias=True)
+            image = tf.image.resize(tf.cast(image, tf.float32), size, antialias=True)
             return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8), label
 
         images = images.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
-    whole = images.batch(builder.info.splits[split].num_examples).get_single_element()
-    return tuple(np.asarray(array) for array in whole)
+    arrays = images.batch(builder.info.splits[split].num_examples).get_single_element()
+    return tuple(np.asarray(array) for array in arrays)

@@ -1,4 +1,4 @@
-"""Layers that Keras lacks and the Vision Transformer needs, and faster ones under Keras's names."""
+"""Layers that Keras lacks, and faster versions of Keras layers under the same names."""
 
 from keras_vit.layers.activations import gelu
 from keras_vit.layers.attention import MultiHeadAttention

@@ -11,8 +11,8 @@ from keras import ops
 def gelu(x):
     """`keras.activations.gelu`, exact (Hendrycks & Gimpel, 2016), faster to train on TensorFlow.
 
-    There, only the input is kept for the gradient, which XLA compiles to one
-    loop. Elsewhere this is Keras's own function. It is made to be the
+    On TensorFlow, only the input is kept for the gradient, which XLA compiles
+    to one loop. On other backends, this is Keras's own function. Use it as the
     `activation` of a layer.
 
     Args:

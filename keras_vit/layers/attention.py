@@ -1,4 +1,4 @@
-"""Keras's multi-head attention, its projections fused."""
+"""Keras's multi-head attention with fused projections."""
 
 import keras
 from keras import ops
@@ -10,13 +10,12 @@ from keras_vit.layers.dropout import Dropout
 class MultiHeadAttention(keras.layers.MultiHeadAttention):
     """`keras.layers.MultiHeadAttention` with the same weights, computed faster.
 
-    Query, key and value of one sequence come out of a single product of two
-    matrices, as does the output. Keras multiplies batches of matrices instead,
-    whose gradient on TensorFlow is a matrix per image that is then summed.
+    Query, key and value of one sequence are computed by a single matrix product,
+    and so is the output. Keras multiplies batches of matrices instead, whose
+    gradient on TensorFlow is one matrix per image, summed afterwards.
 
-    What this does not cover (masks, a key of its own, more than one attention
-    axis, gates, quantized or regularized projections, flash attention) is left
-    to Keras.
+    Everything else (masks, a separate key, several attention axes, gates,
+    quantized or regularized projections, flash attention) falls back to Keras.
 
     Input and output shapes, arguments and errors are those of
     `keras.layers.MultiHeadAttention`.
@@ -74,14 +73,14 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         return (output, scores) if return_attention_scores else output
 
     def _build_attention(self, rank):
-        # Keras's own dropout would stay tracked, with a seed that nobody uses.
+        # Keras's own dropout layer would stay tracked, with an unused seed.
         rate, self._dropout = self._dropout, 0.0
         super()._build_attention(rank)
         self._dropout = rate
         self._dropout_layer = Dropout(rate, dtype=self.dtype_policy, seed=self.seed)
 
     def _is_plain(self, query, value):
-        """Whether this is attention between tokens `(B, T, D)` without any extra."""
+        """Whether this is plain attention between tokens `(B, T, D)`."""
         shapes = query.shape, value.shape
         projections = self._query_dense, self._key_dense, self._value_dense, self._output_dense
         return (
@@ -97,7 +96,7 @@ class MultiHeadAttention(keras.layers.MultiHeadAttention):
         )
 
     def _project(self, tokens, projections):
-        """Tokens `(B, T, D)` by each projection, times its factor: tensors `(B, A, T, D / A)`."""
+        """Applies each projection, times its factor, to tokens `(B, T, D)`: `(B, A, T, D / A)`."""
         _, length, width = tokens.shape
         heads = self._num_heads, self._key_dim
         kernels = [ops.reshape(dense.kernel * by, (width, -1)) for dense, by in projections]

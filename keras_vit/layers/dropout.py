@@ -1,4 +1,4 @@
-"""Dropout whose random numbers are cheaper than the multiplication by them."""
+"""Dropout with random numbers that are cheap to compute."""
 
 import functools
 import math
@@ -13,11 +13,11 @@ LEVELS = 2**32
 class Dropout(keras.layers.Dropout):
     """`keras.layers.Dropout` whose random numbers are a hash of their position.
 
-    A generator writes its numbers to memory, and the mask that they make is
-    kept for the gradient. A hash of seed and position needs neither: XLA
-    computes it inside the loop that applies it, and the gradient computes it
-    once more. This holds on TensorFlow, where only the hash is compiled, and
-    on JAX. On PyTorch, and with a `noise_shape`, Keras's own dropout is used.
+    A random number generator writes its numbers to memory, and the mask is kept
+    for the gradient. A hash of seed and position needs neither: XLA fuses it
+    into the loop that applies it, and the gradient recomputes it. This is used
+    on TensorFlow, where only the dropout is compiled, and on JAX. On PyTorch,
+    and with a `noise_shape`, Keras's own dropout is used.
 
     Position and seed are mixed by MurmurHash3's finalizer (Appleby, 2011).
     The rate is rounded to a multiple of `2**-32`.
@@ -42,15 +42,15 @@ class Dropout(keras.layers.Dropout):
 
 
 def hashed(count, seed):
-    """Uniform uint32 numbers `(count,)` out of a seed of two uint32 words."""
-    # Seeds of neighbouring steps differ by one: mixed, they differ in half of their bits.
+    """Uniform random uint32 numbers `(count,)` from a seed of two uint32 words."""
+    # Seeds of consecutive steps differ by one; mixing changes half of their bits.
     key = _mixed(_mixed(seed[0]) + seed[1])
     x = ops.cast(ops.arange(count, dtype="int32"), "uint32")
     return _mixed(x * _word(0x9E3779B9) + key, between=_mixed(key))
 
 
 def _mixed(x, between=None):
-    """The finalizer of MurmurHash3, with something added between its multiplications."""
+    """The finalizer of MurmurHash3, with an optional term added between its multiplications."""
     x = _folded(x, 16) * _word(0x85EBCA6B)
     if between is not None:
         x = x + between
@@ -66,7 +66,7 @@ def _word(number):
 
 
 def _drop(inputs, seed, dropped):
-    """`inputs` with the share `dropped / LEVELS` set to zero, the rest scaled to the same mean."""
+    """Dropout of `inputs` at the rate `dropped / LEVELS`."""
     noise = ops.reshape(hashed(math.prod(ops.shape(inputs)), seed), ops.shape(inputs))
     scaled = inputs * ops.cast(LEVELS / (LEVELS - dropped), inputs.dtype)
     return ops.where(noise >= _word(dropped), scaled, ops.zeros_like(inputs))

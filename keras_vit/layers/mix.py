@@ -1,34 +1,32 @@
-"""MixUp and CutMix inside the model: the images here, their labels in the loss."""
+"""MixUp and CutMix inside the model: the layer mixes images, the loss their labels."""
 
 import keras
 from keras import ops
 
 from keras_vit.layers.pipelines import PipelineLayer
-from keras_vit.validation import share
+from keras_vit.validation import fraction
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class MixUpCutMix(PipelineLayer):
     """Blends training images in pairs, or pastes a box of one into another.
 
-    Every image is paired with the one at the same place from the end of the
+    Every image is paired with the one at the same position from the end of the
     batch. MixUp (Zhang et al., 2018) blends the pair; CutMix (Yun et al.,
-    2019) cuts one box out of all second images and pastes it into the first.
-    What part of an image stays is uniform between 0 and 1 (the papers'
-    `alpha=1`) and the same for the whole batch.
+    2019) pastes a box of the second image into the first. The fraction of an
+    image that is kept is uniform between 0 and 1 (the papers' `alpha=1`) and
+    the same for the whole batch.
 
-    The labels are mixed where they count: with this layer in its
-    `augmentation`, a `VisionTransformer` weighs its training loss for the
-    labels of an image and for those of its partner by `kept`. So labels may be
-    integers, any loss will do, and training accuracy counts the label of the
-    first image alone.
+    The labels are mixed in the loss: with this layer in its `augmentation`, a
+    `VisionTransformer` weights the training loss for the label of an image and
+    for that of its partner by `kept`. Labels may be integers, any loss works,
+    and training accuracy refers to the label of the first image.
 
-    Given a dictionary of images and one-hot labels, as Keras's own `MixUp` and
-    `CutMix` are, the layer mixes both. This is how it works inside a `tf.data`
-    pipeline, whichever backend Keras runs on: no loss knows what happened
-    there.
+    Given a dictionary of images and one-hot labels, like Keras's own `MixUp`
+    and `CutMix`, the layer mixes both. Use it this way inside a `tf.data`
+    pipeline, on any backend: a loss cannot know what was mixed there.
 
-    Without `training=True` images and labels pass unchanged.
+    Without `training=True`, images and labels pass unchanged.
 
     Input shape:
         4D tensor `(B, H, W, C)`, of any range. Or a dictionary of such
@@ -39,9 +37,9 @@ class MixUpCutMix(PipelineLayer):
         rounded), labels in float32.
 
     Args:
-        mixup: float in [0, 1], share of the batches that MixUp blends.
-        cutmix: float in [0, 1 - mixup], share of the batches that CutMix
-            pastes into.
+        mixup: float in [0, 1], probability of applying MixUp to a batch.
+        cutmix: float in [0, 1 - mixup], probability of applying CutMix to a
+            batch.
         seed: int, makes the draws reproducible.
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
 
@@ -50,9 +48,9 @@ class MixUpCutMix(PipelineLayer):
             training batch of images without labels.
 
     Raises:
-        ValueError: if the shares lie outside the ranges above, if the images
-            have not four dimensions, if their labels are not one-hot, or, on
-            JAX and PyTorch, if they are missing inside a `tf.data` pipeline.
+        ValueError: if the probabilities are out of range, if the images do not
+            have four dimensions, if the labels are not one-hot, or, on JAX and
+            PyTorch, if labels are missing inside a `tf.data` pipeline.
 
     Example:
 
@@ -65,9 +63,9 @@ class MixUpCutMix(PipelineLayer):
 
     def __init__(self, mixup: float = 0.5, cutmix: float = 0.5, seed: int | None = None, **kwargs):
         super().__init__(**kwargs)
-        if share("mixup", mixup) + share("cutmix", cutmix) > 1:
+        if fraction("mixup", mixup) + fraction("cutmix", cutmix) > 1:
             raise ValueError(
-                "Expected `mixup` and `cutmix` to be shares of the batches, 1 at most together. "
+                "Expected `mixup` and `cutmix` to be probabilities whose sum is at most 1. "
                 f"Received: mixup={mixup}, cutmix={cutmix}"
             )
         self.mixup, self.cutmix, self.seed = mixup, cutmix, seed
@@ -84,13 +82,13 @@ class MixUpCutMix(PipelineLayer):
         images = self.backend.convert_to_tensor(data["images"] if has_labels else data)
         labels = self.backend.cast(data["labels"], "float32") if has_labels else None
         if training:
-            foreign = self._draw(images)
-            share_of_partner = self.backend.numpy.mean(foreign)
-            images = self._mix(images, foreign[:, :, None])
+            partner_weight = self._draw(images)
+            partner_fraction = self.backend.numpy.mean(partner_weight)
+            images = self._mix(images, partner_weight[:, :, None])
             if has_labels:
-                labels = self._mix(labels, share_of_partner)
+                labels = self._mix(labels, partner_fraction)
             else:
-                self.kept.assign(1 - share_of_partner)
+                self.kept.assign(1 - partner_fraction)
         images = self._to_compute_dtype(images)
         return {"images": images, "labels": labels} if has_labels else images
 
@@ -109,7 +107,7 @@ class MixUpCutMix(PipelineLayer):
         return {**super().get_config(), **config}
 
     def _draw(self, images):
-        """Which part of each pixel comes from the partner: `(H, W)`, for the whole batch."""
+        """Weight of the partner in each pixel, `(H, W)`, the same for the whole batch."""
         np = self.backend.numpy
         _, height, width, _ = self.backend.shape(images)
         seed = self._get_seed_generator(self.backend.name)
@@ -122,15 +120,15 @@ class MixUpCutMix(PipelineLayer):
         return np.where(blends, 1 - kept, np.where(pastes, box, 0.0))
 
     def _inside(self, length, center, extent):
-        """Which of `length` pixels lie in a span around `center`; both are shares of the length."""
+        """Which pixels lie in a span; `center` and `extent` are fractions of `length`."""
         np = self.backend.numpy
         places = np.arange(length, dtype="float32") + 0.5
         distance = np.abs(places / self.backend.cast(length, "float32") - center)
         return distance < extent / 2
 
-    def _mix(self, batch, foreign):
+    def _mix(self, batch, partner_weight):
         batch = self.backend.cast(batch, "float32")
-        return batch + foreign * (partners(batch, self.backend.numpy) - batch)
+        return batch + partner_weight * (partners(batch, self.backend.numpy) - batch)
 
     def _check(self, data, training):
         """Raises a `ValueError` for data that the layer cannot mix."""
@@ -156,8 +154,8 @@ class MixUpCutMix(PipelineLayer):
 
 
 def partners(batch, np=ops):
-    """For each entry of a batch `(B, ...)`, the one that it is mixed with.
+    """For each example of a batch `(B, ...)`, the one that it is mixed with.
 
-    `np` holds Keras's operations, by default the backend's; `tf.data` needs TensorFlow's.
+    `np` is a module of Keras operations, by default the backend's; `tf.data` needs TensorFlow's.
     """
     return np.flip(batch, axis=0)

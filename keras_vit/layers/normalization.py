@@ -1,4 +1,4 @@
-"""Normalization of pixels by what they were in training, and of tokens by their own numbers."""
+"""Normalization of pixels by the statistics of the training set, and layer normalization."""
 
 import warnings
 from collections.abc import Iterable
@@ -7,18 +7,18 @@ import keras
 import numpy as np
 from keras import ops
 
-# Below this part of its mean, the deviation of a channel is rounding.
+# Standard deviations below this fraction of the mean are rounding errors.
 ROUNDING = 1e-6
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class Normalization(keras.layers.Layer):
-    """Moves and scales each channel to the mean 0 and the variance 1 that it has in training.
+    """Normalizes each channel to mean 0 and variance 1 over the training set.
 
     Unlike `keras.layers.Normalization`, it reads its weights whenever it is
-    called: `adapt` and `set_weights` also count in functions that are already
-    compiled. A channel that does not vary is centred and not scaled, as by
-    scikit-learn's `StandardScaler`.
+    called, so that `adapt` and `set_weights` also take effect in functions
+    that are already compiled. A constant channel is centered but not scaled, as
+    in scikit-learn's `StandardScaler`.
 
     Input shape:
         `(B, ..., C)`, integers or floats of any range.
@@ -39,20 +39,20 @@ class Normalization(keras.layers.Layer):
     """
 
     def build(self, input_shape):
-        def add_number(name, initializer, shape=input_shape[-1:], dtype=None):
+        def add_statistic(name, initializer, shape=input_shape[-1:], dtype=None):
             return self.add_weight(
                 name=name, shape=shape, initializer=initializer, dtype=dtype, trainable=False
             )
 
-        self.mean = add_number("mean", "zeros")
-        self.variance = add_number("variance", "ones")
-        # Unused; `keras.layers.Normalization` has it, which files of earlier versions hold.
-        self.count = add_number("count", "zeros", (), "int")
+        self.mean = add_statistic("mean", "zeros")
+        self.variance = add_statistic("variance", "ones")
+        # Unused; for files of earlier versions, which used `keras.layers.Normalization`.
+        self.count = add_statistic("count", "zeros", (), "int")
 
     def adapt(self, batches: Iterable[np.ndarray]) -> None:
-        """Learns mean and variance of each channel, of all batches together.
+        """Computes mean and variance of each channel over all batches.
 
-        A warning names the channels that do not vary.
+        A warning lists the constant channels.
 
         Args:
             batches: iterable of arrays `(B, ..., C)`.
@@ -65,9 +65,9 @@ class Normalization(keras.layers.Layer):
             if origin is None:
                 if not self.built:
                     self.build(batch.shape)
-                # Seen from a pixel of its own, a channel that does not vary is exactly zero.
+                # Relative to one of its own pixels, a constant channel is exactly zero.
                 origin = batch.reshape(-1, batch.shape[-1])[:1].T.astype("float64")
-            # By channel, which NumPy sums faster, and in pairs, so that little is rounded.
+            # Channels first: NumPy sums contiguous rows faster, and pairwise, with small errors.
             pixels = np.array(np.moveaxis(batch, -1, 0), "float64", order="C")
             pixels = pixels.reshape(len(pixels), -1) - origin
             # Sums of squares are merged as by Chan, Golub & LeVeque (1983).
@@ -85,8 +85,8 @@ class Normalization(keras.layers.Layer):
         constant = np.flatnonzero(np.sqrt(variance) <= ROUNDING * np.abs(mean))
         if constant.size:
             warnings.warn(
-                f"Of {len(mean)} channels, counted from 0, {', '.join(map(str, constant))} do not "
-                "vary in the training images: they are centred and not scaled.",
+                f"Channels {constant.tolist()} of {len(mean)} (counted from 0) are constant in the "
+                "training images: they are centered but not scaled.",
                 stacklevel=2,
             )
 
@@ -104,11 +104,11 @@ class LayerNormalization(keras.layers.LayerNormalization):
     """`keras.layers.LayerNormalization`, faster on TensorFlow's CPU and on PyTorch.
 
     On TensorFlow without a GPU, sums over the tokens and over their width are
-    products with a vector of ones, which run several times as fast as
-    reductions, and the gradient is written out (Ba et al., 2016); a GPU's
-    products may round to TF32. PyTorch's own function takes tokens of half
-    precision as they are and computes in float32 inside, where Keras would
-    convert them first. Everywhere else, Keras's own computation is used.
+    products with a vector of ones, which are several times faster than
+    reductions, and the gradient is written out (Ba et al., 2016); products on
+    a GPU might round to TF32. On PyTorch, its own function is used, which takes
+    half precision and computes in float32 internally, where Keras would cast
+    the input first. Everything else falls back to Keras.
 
     Input and output shapes, arguments and errors are those of
     `keras.layers.LayerNormalization`.

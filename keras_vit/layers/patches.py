@@ -68,7 +68,7 @@ class Patches(keras.layers.Layer):
         _, height, width, _ = input_shape
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
-                "Expected a `patch_size` that divides the height and the width of the images. "
+                "Expected `patch_size` to divide the height and the width of the images. "
                 f"Received: patch_size={self.patch_size}, height={height}, width={width}"
             )
         return height // self.patch_size, width // self.patch_size

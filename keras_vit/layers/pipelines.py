@@ -1,4 +1,4 @@
-"""What layers for images share: work inside `tf.data` on any backend, and rounding to integers."""
+"""Base class of the image layers: `tf.data` on any backend, and rounding to integers."""
 
 import sys
 
@@ -8,11 +8,11 @@ from keras.src.layers.preprocessing.data_layer import DataLayer
 
 
 class PipelineLayer(DataLayer):
-    """A layer that computes with `self.backend`, which inside `tf.data` is TensorFlow's.
+    """A layer that computes with `self.backend`, which is TensorFlow inside `tf.data`.
 
     Keras's own base class casts whatever enters a TensorFlow graph to the
-    layer's dtype, masks and labels included. Here, `call` gets its inputs as
-    they are, so that a layer gives the same values inside and outside a graph.
+    layer's dtype, including masks and labels. Here, `call` gets its inputs as
+    they are, so that results are the same inside and outside a graph.
     """
 
     def __init__(self, **kwargs):
@@ -30,7 +30,7 @@ class PipelineLayer(DataLayer):
             self.backend.reset()
 
     def _to_compute_dtype(self, x):
-        """A tensor in the layer's dtype; an integer dtype rounds it and keeps it in its range."""
+        """Casts a tensor to the layer's dtype; for an integer dtype, rounds and clips it first."""
         if "int" in self.compute_dtype:
             limits = np.iinfo(self.compute_dtype)
             x = self.backend.cast(x, "float32")

@@ -1,4 +1,4 @@
-"""Random crops resized to one size: the augmentation that image classifiers lean on most."""
+"""Random resized crops, the standard augmentation of image classifiers."""
 
 import functools
 import math
@@ -16,28 +16,27 @@ MASKS = "segmentation_masks"
 class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
     """Crops a random box out of every image and resizes it to one size.
 
-    Each image of a batch gets a box of its own, drawn by the rule that made
-    the augmentation known (Szegedy et al., 2015, and torchvision's
-    `RandomResizedCrop`): the share of the area is uniform in `scale`, the
-    aspect ratio log-uniform in `ratio`, the sides are rounded to whole pixels
-    and the position is uniform. A box that does not fit into the image is
-    drawn again, up to ten times; after that, the largest central box whose
-    aspect ratio lies within `ratio` is taken.
+    Each image of a batch gets its own box, drawn by the usual rule (Szegedy et
+    al., 2015, and torchvision's `RandomResizedCrop`): the fraction of the area
+    is uniform in `scale`, the aspect ratio log-uniform in `ratio`, the sides
+    are rounded to whole pixels and the position is uniform. A box that does
+    not fit into the image is redrawn, up to ten times; after that, the largest
+    central box with an aspect ratio within `ratio` is used.
 
-    The box is resampled with half-pixel centres and never reads a pixel
-    outside itself. Bilinear interpolation is antialiased when it shrinks, as
-    Pillow's is. On a CPU, TensorFlow cuts out and resizes image by image.
-    Elsewhere and under XLA a batch is resized by two products with small
-    matrices, as resampling is separable and linear. Both have a gradient.
+    The box is resampled with half-pixel centers and never reads pixels outside
+    of it. Bilinear interpolation is antialiased when downscaling, as in Pillow.
+    On a CPU, TensorFlow crops and resizes image by image. Elsewhere, and under
+    XLA, a batch is resized by two small matrix products, because resampling is
+    separable and linear. Both are differentiable.
 
-    With `training=False` the whole image is resized; images that have the
-    target size already pass unchanged. Called on its own without `training`,
+    With `training=False`, the whole image is resized; images that already have
+    the target size pass unchanged. Called on its own without `training`,
     the layer crops at random, as Keras's image layers do; a
     `VisionTransformer` crops in training only.
 
-    Segmentation masks in a dictionary with their images follow them: the
-    nearest pixel is taken, so that they keep their ids and their dtype. Labels
-    pass unchanged. Bounding boxes are not supported.
+    Segmentation masks in a dictionary with their images are cropped with the
+    same boxes, by nearest-neighbor interpolation, so that they keep their ids
+    and their dtype. Labels pass unchanged. Bounding boxes are not supported.
 
     **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
     backend Keras runs on.
@@ -57,20 +56,20 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
     Args:
         height: int, height of the output in pixels, at least 1.
         width: int, width of the output in pixels, at least 1.
-        scale: pair of floats in (0, 1], smallest and largest share of the
-            image's area that a box covers.
+        scale: pair of floats in (0, 1], smallest and largest fraction of
+            the image's area that a box covers.
         ratio: pair of positive floats, smallest and largest aspect ratio
             (width over height) of a box.
         interpolation: `"bilinear"` or `"nearest"`.
         seed: int, makes the boxes reproducible.
-        data_format: `"channels_last"` or `"channels_first"`; by default what
-            the Keras configuration says.
+        data_format: `"channels_last"` or `"channels_first"`; by default
+            that of the Keras configuration.
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
 
     Raises:
-        ValueError: if an argument lies outside the ranges above, if the
-            input has neither three nor four dimensions, or if it holds
-            bounding boxes or masks of another size than their images.
+        ValueError: if an argument is out of range, if the input has neither
+            three nor four dimensions, or if it contains bounding boxes, or
+            masks that do not have the size of their images.
 
     Example:
 
@@ -137,7 +136,7 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
         slant = np.exp(_between(low, high, ratio_draws))
         sizes = np.round(np.stack([side / slant, side * slant], axis=2))
 
-        # The central box always fits, so as the last candidate it is taken only if no draw fits.
+        # The central box always fits: as the last candidate, it is used only if no draw fits.
         image_size = np.stack([image_height, image_width])
         central = np.stack([image_width / self.ratio[0], image_height * self.ratio[1]])
         central = np.clip(np.round(central), 1, image_size)
@@ -220,9 +219,9 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
             )
 
     def _resample(self, images, boxes, interpolation):
-        """Resizes the boxes of a batch of images, or whole images where `boxes` is None.
+        """Resizes the boxes of a batch of images, or whole images if `boxes` is None.
 
-        The nearest pixels keep the dtype of the images; bilinear ones are float32.
+        With `"nearest"` the images keep their dtype; with `"bilinear"` they become float32.
         """
         maps = boxes is not None and self.backend.name == "tensorflow" and _tensorflow_maps()
         if boxes is None:
@@ -258,7 +257,7 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
         return images
 
     def _map(self, images, boxes):
-        """Crops and resizes image by image: fast on TensorFlow's CPU, possible nowhere else."""
+        """Crops and resizes image by image: fast on TensorFlow's CPU, and only available there."""
         import tensorflow as tf
 
         top, left, height, width = boxes
@@ -299,7 +298,7 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
     def _multiply(self, images, boxes):
         """Resizes by a product with one matrix for the rows and one for the columns."""
         top, left, height, width = boxes
-        # Half precision would move a crop by up to a pixel, so that weights stay in float32.
+        # Half precision would shift a crop by up to a pixel: weights stay in float32.
         images = self.backend.cast(images, "float32")
         images = self._resize_axis(images, self.height_axis, top, height, self.height)
         return self._resize_axis(images, self.width_axis, left, width, self.width)
@@ -309,7 +308,7 @@ class RandomResizedCrop(PipelineLayer, keras.layers.RandomCrop):
         images = np.moveaxis(images, axis, 1)
         count, input_size, *others = self.backend.shape(images)
         matrices = _matrices(np, start, length, input_size, output_size)
-        # Broadcast over channels, oneDNN's product in TensorFlow 2.21 leaves its buffers.
+        # With broadcast channels, oneDNN's matmul in TensorFlow 2.21 overruns its buffers.
         pixels = np.reshape(images, (count, input_size, others[0] * others[1]))
         images = np.reshape(np.matmul(matrices, pixels), (count, output_size, *others))
         return np.moveaxis(images, 1, axis)
@@ -336,7 +335,7 @@ def _centers(np, length, output_size):
 
 
 def _tensorflow_maps():
-    """Whether TensorFlow may map over images: XLA compiles no slices of unknown size."""
+    """Whether TensorFlow can map over images: XLA cannot compile slices of unknown size."""
     import tensorflow as tf
     from tensorflow.python.ops import control_flow_util
 
@@ -366,7 +365,7 @@ def _crop_of_one_image(size, antialias, data_format, dtype):
 
 
 def _between(low, high, draws):
-    """Moves draws from [0, 1) to [low, high)."""
+    """Scales uniform draws from [0, 1) to [low, high)."""
     return low + (high - low) * draws
 
 

@@ -8,8 +8,8 @@ from keras import ops
 class ClassToken(keras.layers.Layer):
     """Puts a learned token in front of every sequence.
 
-    After the last block, this token alone is read by the classifier (BERT's
-    `[CLS]`, taken over by Dosovitskiy et al., 2021).
+    After the last block, the head reads this token only (BERT's `[CLS]`, adopted
+    by Dosovitskiy et al., 2021).
 
     Input shape:
         3D tensor `(B, N, D)`.
@@ -18,8 +18,8 @@ class ClassToken(keras.layers.Layer):
         3D tensor `(B, N + 1, D)`, the class token at position zero.
 
     Args:
-        initializer: initializer of the token, which starts as normal noise
-            with standard deviation 0.2.
+        initializer: initializer of the token; by default normal with standard
+            deviation 0.2.
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
     """
 
@@ -53,8 +53,8 @@ class ClassToken(keras.layers.Layer):
 class PositionEmbedding(keras.layers.Layer):
     """Adds a learned vector to the token at each position.
 
-    Attention treats tokens as a set; these vectors tell it where a token
-    stood.
+    Attention treats tokens as a set; these vectors encode the position of each
+    token.
 
     Input shape:
         3D tensor `(B, T, D)` with known `T`.
@@ -63,8 +63,8 @@ class PositionEmbedding(keras.layers.Layer):
         3D tensor `(B, T, D)`.
 
     Args:
-        initializer: initializer of the vectors, which start as normal noise
-            with standard deviation 0.2.
+        initializer: initializer of the vectors; by default normal with standard
+            deviation 0.2.
         **kwargs: base layer keyword arguments, such as `name` and `dtype`.
     """
 
@@ -95,6 +95,7 @@ class PositionEmbedding(keras.layers.Layer):
 def _token_initializer(identifier):
     """A new initializer, so that no two layers draw the same numbers."""
     if identifier is None:
-        # Beside embedded patches, positions of 0.02 go unnoticed for most of an epoch.
+        # With the usual 0.02, positions are too small beside the patch embeddings to matter in
+        # most of the first epoch.
         return keras.initializers.RandomNormal(stddev=0.2)
     return keras.initializers.get(identifier)

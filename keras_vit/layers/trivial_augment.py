@@ -1,4 +1,4 @@
-"""One random distortion for each training image: TrivialAugment, batched and inside the model."""
+"""TrivialAugment: one random transformation per training image, batched and inside the model."""
 
 import math
 
@@ -11,33 +11,34 @@ KINDS = (
     *("brightness", "color", "contrast", "sharpness"),
     *("posterize", "solarize", "autocontrast", "equalize"),
 )
-# Shares of red, green and blue in what the eye sees as brightness (ITU-R BT.601).
+# Weights of red, green and blue in the luma of an image (ITU-R BT.601).
 LUMA = (0.299, 0.587, 0.114)
 
 
 @keras.saving.register_keras_serializable("keras_vit")
 class TrivialAugment(PipelineLayer):
-    """Distorts each training image in one way, drawn at random, by a random strength.
+    """Applies one random transformation of random strength to each training image.
 
-    The fourteen ways and their strengths are those of TrivialAugment's wide
-    space (Müller & Hutter, 2021, arXiv:2103.10158): nothing, shearing by up
-    to 0.99, shifting by up to 32 pixels, turning by up to 135 degrees,
-    brightness, color, contrast and sharpness times 0.01 to 1.99, two bits per
-    channel at least, inversion of the brightest pixels, and histograms
-    stretched or flattened. Nothing is left to tune.
+    The fourteen transformations and their strengths are those of
+    TrivialAugment's wide search space (Müller & Hutter, 2021,
+    arXiv:2103.10158): identity, shear by up to 0.99, translation by up to 32
+    pixels, rotation by up to 135 degrees, brightness, color, contrast and
+    sharpness by a factor of 0.01 to 1.99, posterize to two bits or more,
+    solarize, autocontrast and equalize. There is nothing to tune.
 
-    Each image of a batch gets a kind and a strength of its own, where Keras's
-    `RandAugment` distorts a whole batch in the same way. Shearing and turning
-    are about the centre, resampled bilinearly; pixels from outside are black.
+    Each image of a batch gets its own transformation and strength, while
+    Keras's `RandAugment` transforms a whole batch in the same way. Shear and
+    rotation are about the center, with bilinear interpolation; pixels from
+    outside are black.
 
-    Without `training=True` images pass unchanged.
+    Without `training=True`, images pass unchanged.
 
     **Note:** This layer is safe to use inside a `tf.data` pipeline, whichever
     backend Keras runs on.
 
     Input shape:
         4D tensor `(B, H, W, C)` or one image `(H, W, C)`, integers or floats
-        from 0 to 255. Images of three channels are taken as RGB.
+        from 0 to 255. Images with three channels are taken as RGB.
 
     Output shape:
         The same, in the dtype that the layer computes in; integers are
@@ -89,14 +90,14 @@ class TrivialAugment(PipelineLayer):
 
 
 def distort(images, kind, strength, backend):
-    """Distorts each image in its own way.
+    """Applies one transformation to each image.
 
     Args:
         images: tensor `(B, H, W, C)`, 0 to 255.
         kind: integer tensor `(B,)`, indices of `KINDS`.
-        strength: tensor `(B,)`, -1 to 1. Where a kind has one direction only, its absolute value
-            counts.
-        backend: module of Keras that computes.
+        strength: tensor `(B,)`, -1 to 1. For a kind without a direction, its absolute value
+            is used.
+        backend: Keras backend module to compute with.
 
     Returns:
         Tensor `(B, H, W, C)` of float32.
@@ -120,7 +121,7 @@ def distort(images, kind, strength, backend):
         """The changed images where they are of a kind, the others as they were."""
         return np.where(of_image(kind == KINDS.index(name)), changed, images)
 
-    # Each image is changed by one of these lines and passes through the others.
+    # Each image is changed by one of these lines and unchanged by the others.
     angle = math.radians(135) * amount("rotate")
     images = transformed(
         images,
@@ -151,14 +152,14 @@ def distort(images, kind, strength, backend):
 
 
 def transformed(images, matrix, shift, backend):
-    """Resamples images bilinearly; what comes from outside of them is black.
+    """Applies an affine transformation with bilinear interpolation; pixels from outside are black.
 
     Args:
         images: tensor `(B, H, W, C)`.
-        matrix: two rows of two tensors `(B,)`. Together with `shift` they lead from the place of
-            a pixel of the output, as x and y from the centre, to its place in the input.
+        matrix: two rows of two tensors `(B,)`. With `shift`, it maps the position of an output
+            pixel, as x and y from the center, to its position in the input.
         shift: two tensors `(B,)`, in pixels.
-        backend: module of Keras that computes.
+        backend: Keras backend module to compute with.
     """
     np = backend.numpy
     _, height, width, channels = images.shape
@@ -169,7 +170,7 @@ def transformed(images, matrix, shift, backend):
     column = x_of_x * x + x_of_y * y + left + (width - 1) / 2
     row = y_of_x * x + y_of_y * y + top + (height - 1) / 2
 
-    # All pixels in one list: looking them up there takes a third of `take_along_axis`'s time.
+    # Indexing a flat list of pixels takes a third of the time of `take_along_axis`.
     pixels = np.reshape(images, (-1, channels))
     first = height * width * np.arange(backend.shape(images)[0], dtype="int32")[:, None, None]
     first_row, first_column = np.floor(row), np.floor(column)
@@ -179,13 +180,13 @@ def transformed(images, matrix, shift, backend):
             weight = (1 - np.abs(row - r)) * (1 - np.abs(column - c))
             inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
             index = np.clip(r, 0, height - 1) * width + np.clip(c, 0, width - 1)
-            found = np.take(pixels, first + backend.cast(index, "int32"), axis=0)
-            total = total + np.where(inside, weight, 0.0)[:, :, :, None] * found
+            pixel = np.take(pixels, first + backend.cast(index, "int32"), axis=0)
+            total = total + np.where(inside, weight, 0.0)[:, :, :, None] * pixel
     return total
 
 
 def smoothed(images, np):
-    """Means of 3x3 pixels, in which the middle counts five times; borders stay as they are."""
+    """3x3 mean filter whose center has weight 5; the borders are unchanged."""
     if min(images.shape[1:3]) < 3:
         return images
     rows = images[:, :-2] + images[:, 1:-1] + images[:, 2:]
@@ -196,14 +197,14 @@ def smoothed(images, np):
 
 
 def stretched(images, np):
-    """Each channel of each image moved and scaled to reach from 0 to 255."""
+    """Autocontrast: stretches each channel of each image to the range 0 to 255."""
     low = np.min(images, axis=(1, 2), keepdims=True)
     high = np.max(images, axis=(1, 2), keepdims=True)
     return np.where(high > low, (images - low) * 255 / np.maximum(high - low, 1e-6), images)
 
 
 def flattened(images, backend):
-    """Histogram equalization: each of 256 values moves to the share of pixels that are darker."""
+    """Histogram equalization: maps each of 256 values to the fraction of darker pixels."""
     np = backend.numpy
     batch_size = backend.shape(images)[0]
     _, height, width, channels = images.shape
@@ -215,7 +216,7 @@ def flattened(images, backend):
         np.ones_like(np.reshape(bins, (-1,))), np.reshape(bins, (-1,)), 256 * histograms
     )
     counts = np.reshape(counts, (-1, 256))
-    # As Pillow does it, in whole numbers: the brightest value's pixels are not counted.
+    # As in Pillow, in integers: the pixels of the brightest value are not counted.
     brightest = np.max(values, axis=1, keepdims=True)
     of_brightest = np.take_along_axis(counts, brightest, axis=1)
     step = (height * width - of_brightest) // 255

@@ -1,4 +1,4 @@
-"""What a page needs to show the attention of a model and to recompute its rollout."""
+"""The data of the attention explorer, from which its page recomputes the rollout."""
 
 import base64
 import io
@@ -9,41 +9,41 @@ from PIL import Image
 from keras_vit.attention import attention_scores
 from keras_vit.model import augmented_for_display
 
-# Bytes of attention in one page, a byte for each score.
-BUDGET = 3 * 2**20
-MOST_IMAGES = 12
-# Five points of Matplotlib's map viridis, which rises evenly in brightness.
+# Bytes of attention scores in one page, one per score.
+MAX_BYTES = 3 * 2**20
+MAX_IMAGES = 12
+# Five points of Matplotlib's colour map viridis, which is perceptually uniform.
 COLOURS = ("#440154", "#3b528b", "#21918c", "#5ec962", "#fde725")
 
 
 def pack(model, images, titles):
-    """Attention on a few images as plain values for JSON, in 8 bits a score.
+    """Attention scores for a few images as values for JSON, with 8 bits per score.
 
     Args:
         model: a `VisionTransformer`.
-        images: uint8 array `(B, H, W, C)`; of so many that their attention takes over 3 MiB, the
-            first ones.
+        images: uint8 array `(B, H, W, C)`. Only the first ones are used if the attention scores of
+            all exceed 3 MiB.
         titles: list of strings, one for each image.
 
     Returns:
-        Dictionary: sizes, `images` with title and data URI, as they are cut into patches,
-        `levels`, base64 of bytes `(B, L, A, T, T)`, and `scales`, base64 of float32
-        `(B, L, A, T)`. A score is the square of its level over 255, times its row's scale: small
-        ones are finer than large ones.
+        Dictionary of sizes; `images`, each with its title and, as a data URI, the image that the
+        model splits into patches; `levels`, base64 of uint8 `(B, L, A, T, T)`; and `scales`,
+        base64 of float32 `(B, L, A, T)`. A score is `(level / 255) ** 2 * scale` with the scale
+        of its row, so small scores are resolved more finely than large ones.
 
     Raises:
-        ValueError: if the attention on a single image takes over 3 MiB.
+        ValueError: if the attention scores of a single image exceed 3 MiB.
     """
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
     rows, columns = height // patches.patch_size, width // patches.patch_size
     class_token = model.pooling == "token"
     size = config["depth"] * config["num_heads"] * (class_token + rows * columns) ** 2
-    count = min(BUDGET // size, MOST_IMAGES, len(images))
+    count = min(MAX_BYTES // size, MAX_IMAGES, len(images))
     if count == 0:
         raise ValueError(
-            f"Expected a model with at most {BUDGET:,} attention scores for an image. "
-            f"Received: {size:,}"
+            f"Expected a model with at most {MAX_BYTES:,} attention scores per image. "
+            f"Received: model with {size:,}"
         )
     scores = attention_scores(model, images[:count])
     cut = augmented_for_display(model.augmentation, images[:count])
@@ -64,12 +64,12 @@ def pack(model, images, titles):
 
 
 def data_uri(image):
-    """An image `(H, W, C)` of uint8 as the address of a PNG inside the page."""
+    """A uint8 image `(H, W, C)` as a data URI in PNG format."""
     file = io.BytesIO()
     Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG")
     return png_uri(file.getvalue())
 
 
 def png_uri(content):
-    """The bytes of a PNG file as an address inside the page."""
+    """The bytes of a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(content).decode()

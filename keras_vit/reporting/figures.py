@@ -1,22 +1,24 @@
-"""Pictures of everything that a run did, enlarged without blur and legible without colour."""
+"""Pictures of each stage of a run, enlarged without blur and legible without colour."""
 
 import pathlib
 import shutil
 import sys
+import textwrap
 import typing
 
 import keras
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from keras_vit.attention import attention_rollout, attention_scores, patch_weights
 from keras_vit.files import atomic_write
 from keras_vit.layers import Patches
 from keras_vit.model import augmented_for_display
+from keras_vit.reporting.texts import describe_prediction, load_texts, localize
 
-# Okabe and Ito's colours, told apart by every kind of colour vision.
+# Okabe and Ito's palette, which is safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 STYLE: dict[typing.Any, typing.Any] = {
     "font.family": "DejaVu Sans",
@@ -27,44 +29,53 @@ STYLE: dict[typing.Any, typing.Any] = {
     "figure.constrained_layout.use": True,
     "figure.facecolor": "white",
     "image.interpolation": "nearest",
-    "legend.frameon": False,
+    "legend.edgecolor": "none",
     "savefig.dpi": 150,
     "text.parse_math": False,  # A class may be called `$`.
 }
 SEED = 0
-MOST_PATCHES = 128
+MAX_PATCHES = 128
 
 
-def draw_all(model, dataset, probabilities, folder, history=None, falls=()):
-    """Draws the seven pictures of a run; without a history of its training, six.
+def draw_all(
+    model, dataset, probabilities, folder, history=None, milestone_epochs=(), language="en"
+):
+    """Draws the seven pictures of a run; without its training history, six.
 
     Args:
         model: a trained `VisionTransformer`.
         dataset: the `Dataset` it was trained and tested on.
-        probabilities: array `(N, num_classes)`, the model's answer for each test image.
+        probabilities: array `(N, num_classes)`, predicted for the test images.
         folder: `Path` of an existing folder.
         history: dictionary of lists, one value per epoch, from `training.fit`.
-        falls: epochs at which the learning rate falls.
+        milestone_epochs: epochs after which the learning rate drops.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
-    names, labels = dataset.class_names, dataset.test_labels
+    class_names, labels, images = dataset.class_names, dataset.test_labels, dataset.test_images
     patch_size = model.get_layer("patches").patch_size
-    examples = _one_per_class(labels, len(names), 6)
-    images, of = dataset.test_images, {"source": dataset.name}
-    draw_augmentation(model.augmentation, dataset.train_images, folder / "augmentation.png", **of)
-    (cut,) = augmented_for_display(model.augmentation, images[examples[:1]])
-    draw_patches(cut, patch_size, folder / "patches.png", **of)
+    examples = _one_per_class(labels, len(class_names), 6)
+    common = {"source": dataset.name, "language": language}
+    path = folder / "augmentation.png"
+    draw_augmentation(model.augmentation, dataset.train_images, path, **common)
+    (image,) = augmented_for_display(model.augmentation, images[examples[:1]])
+    draw_patches(image, patch_size, folder / "patches.png", **common)
     draw_model(model, folder / "model.png")
     if history:
-        draw_history(history, falls, folder / "history.png", **of)
-    draw_predictions(images, labels, probabilities, names, folder / "predictions.png", **of)
-    draw_confusion_matrix(labels, probabilities, names, folder / "confusion_matrix.png", **of)
-    verdicts = [_verdict(labels[i], probabilities[i], names) for i in examples]
+        draw_history(history, milestone_epochs, folder / "history.png", **common)
+    results = (labels, probabilities, class_names)
+    draw_predictions(images, *results, folder / "predictions.png", **common)
+    draw_confusion_matrix(*results, folder / "confusion_matrix.png", **common)
+    predicted = probabilities[examples].argmax(axis=1)
+    titles = [
+        describe_prediction(class_names[label], class_names[prediction], language)
+        for label, prediction in zip(labels[examples], predicted)
+    ]
     path = folder / "attention_rollout.png"
-    draw_attention_rollout(model, images[examples], verdicts, path, **of)
+    draw_attention_rollout(model, images[examples], titles, path, **common)
 
 
-def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
-    """Images beside several random draws of the layers that vary them.
+def draw_augmentation(layers, images, path, source=None, count=5, draws=9, language="en"):
+    """Images, each beside several random augmentations of it.
 
     Args:
         layers: list of augmentation layers.
@@ -72,11 +83,13 @@ def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
         count: int, number of images.
-        draws: int, number of draws of each.
+        draws: int, number of augmentations of each.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
+    texts = load_texts(language)["figures"]["augmentation"]
     originals = np.asarray(images[:count])
-    varied = augmented_for_display(layers, np.repeat(originals, draws, axis=0), training=True)
-    result = varied.reshape(len(originals), draws, *varied.shape[1:])
+    augmented = augmented_for_display(layers, np.repeat(originals, draws, axis=0), training=True)
+    augmented = augmented.reshape(len(originals), draws, *augmented.shape[1:])
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(originals),
@@ -84,29 +97,32 @@ def draw_augmentation(layers, images, path, source=None, count=5, draws=9):
             figsize=(draws + 1, 0.98 * len(originals) + 0.5),
             squeeze=False,
         )
-        for row, original, variants in zip(axes, originals, result):
+        for row, original, variants in zip(axes, originals, augmented):
             for axis, image in zip(row, [original, *variants]):
                 _show(axis, image)
             _frame(row[0], BLUE, "solid")
-        axes[0, 0].set_title("original", fontsize=10, color=BLUE, fontweight="bold")
-        steps = " → ".join(type(layer).__name__ for layer in layers) or "none"
-        axes[0, (draws + 1) // 2].set_title(f"draws of the augmentation: {steps}", fontsize=10)
+        axes[0, 0].set_title(texts["original"], fontsize=10, color=BLUE, fontweight="bold")
+        names = " → ".join(type(layer).__name__ for layer in layers)
+        title = texts["augmented"].format(layers=names) if layers else texts["none"]
+        axes[0, (draws + 1) // 2].set_title(title, fontsize=10)
         _save(figure, path, source)
 
 
-def draw_patches(image, patch_size, path, source=None):
-    """An image, the grid it is cut by, and the sequence of patches that the model reads.
+def draw_patches(image, patch_size, path, source=None, language="en"):
+    """An image, its grid of patches, and the sequence of patches that the model reads.
 
     Args:
         image: array `(H, W, C)`.
         patch_size: int, side of a patch in pixels.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
+    texts = load_texts(language)["figures"]["patches"]
     height, width, channels = image.shape
     sequence = keras.ops.convert_to_numpy(Patches(patch_size)(image[None]))[0]
     patches = sequence.reshape(-1, patch_size, patch_size, channels)
-    total, patches = len(patches), patches[:MOST_PATCHES]
+    count, patches = len(patches), patches[:MAX_PATCHES]
     columns = min(len(patches), 16)
     rows = -(-len(patches) // columns)
     with plt.rc_context(STYLE):
@@ -115,33 +131,35 @@ def draw_patches(image, patch_size, path, source=None):
         top, bottom = parts.ravel()
         whole, cut = top.subplots(1, 2)
         _show(whole, image)
-        whole.set_title(f"image, {height}×{width} pixels")
+        whole.set_title(texts["image"].format(height=height, width=width))
         _show(cut, image)
         for x in range(0, width + 1, patch_size):
             cut.axvline(x - 0.5, color="white", linewidth=2)
         for y in range(0, height + 1, patch_size):
             cut.axhline(y - 0.5, color="white", linewidth=2)
-        cut.set_title(
-            f"{height // patch_size}×{width // patch_size} patches of {patch_size}×{patch_size}"
+        grid = {"rows": height // patch_size, "columns": width // patch_size}
+        cut.set_title(texts["grid"].format(**grid, size=patch_size))
+        title = texts["sequence" if len(patches) == count else "sequence_start"].format(
+            count=localize(f"{count:,}", language),
+            values=localize(f"{sequence.shape[1]:,}", language),
+            shown=len(patches),
         )
-        shown = "" if len(patches) == total else f", the first {len(patches)} of them shown"
-        bottom.suptitle(
-            f"sequence of {total:,} patches, {sequence.shape[1]} numbers each{shown}", fontsize=11
-        )
+        bottom.suptitle(title, fontsize=11)
         axes = bottom.subplots(rows, columns, squeeze=False).ravel()
-        for number, (axis, patch) in enumerate(zip(axes, patches), start=1):
+        for position, (axis, patch) in enumerate(zip(axes, patches), start=1):
             _show(axis, patch)
-            axis.set_xlabel(number, fontsize=8, labelpad=1)
+            axis.set_xlabel(position, fontsize=8, labelpad=1)
         for axis in axes[len(patches) :]:
             axis.axis("off")
         _save(figure, path, source)
 
 
 def draw_model(model, path):
-    """The computation graph: the whole with its blocks folded, and beside it the first block open.
+    """The computation graph with its blocks collapsed, and the first block expanded beside it.
 
-    Drawn by `keras.utils.plot_model` where Graphviz's `dot` is installed, else by pygraphviz,
-    which carries Graphviz's libraries. Where neither works, a warning takes the picture's place.
+    `keras.utils.plot_model` draws it if Graphviz's `dot` is installed, else pygraphviz, whose
+    wheels include Graphviz. If neither works, a warning is printed instead. Layer names are the
+    same in every language.
 
     Args:
         model: a `VisionTransformer`.
@@ -159,54 +177,66 @@ def draw_model(model, path):
                 dot = keras.utils.model_to_dot(drawing, **look)
                 pygraphviz.AGraph(dot.to_string()).draw(str(part), prog="dot")
     except Exception as error:
-        pathlib.Path(path).unlink(missing_ok=True)  # Of another model.
+        pathlib.Path(path).unlink(missing_ok=True)  # One of another model.
         print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
 
 
-def draw_history(history, falls, path, source=None):
-    """Loss, accuracy and learning rate over the epochs, with the milestones of the rate.
+def draw_history(history, milestone_epochs, path, source=None, language="en"):
+    """Loss, accuracy and learning rate by epoch, with the milestones of the learning rate.
 
     Args:
         history: dictionary of lists, one value per epoch.
-        falls: epochs after which the learning rate falls; empty if it falls with each step.
+        milestone_epochs: epochs after which the learning rate drops; empty for a schedule that
+            changes it at each step.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
+    texts = load_texts(language)["figures"]["history"]
     epochs = np.arange(1, len(history["loss"]) + 1)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-        for axis, key, label in zip(axes, ("loss", "accuracy"), ("loss", "accuracy, %")):
-            scale = 100 if key == "accuracy" else 1
-            series = {"training": (key, BLUE, "o-"), "validation": (f"val_{key}", ORANGE, "s--")}
+        for axis, metric in zip(axes, ("loss", "accuracy")):
+            scale = 100 if metric == "accuracy" else 1
+            series = {"training": (metric, BLUE, "o-")}
+            series["validation"] = (f"val_{metric}", ORANGE, "s--")
             for name, (column, colour, line) in series.items():
                 if column in history:
                     values = scale * np.asarray(history[column])
-                    axis.plot(epochs, values, line, color=colour, label=name, markersize=4)
-            axis.set_title(label)
+                    axis.plot(epochs, values, line, color=colour, label=texts[name], markersize=4)
+            axis.set_title(texts[metric])
+            axis.yaxis.set_major_formatter(_LocalizedTicks(language))
             axis.legend()
         rates, style = history["learning_rate"], {"color": GREEN, "markersize": 4}
-        if falls:
+        if milestone_epochs:
             axes[2].step(epochs, rates, "o-", where="mid", **style)
             axes[2].set_yscale("log")
-            axes[2].set_title("learning rate")
-        else:  # It ends at zero, and was written down after each epoch.
+            axes[2].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            plain = FuncFormatter(lambda rate, _: localize(f"{rate:g}", language))
+            axes[2].yaxis.set_major_formatter(plain)
+            axes[2].yaxis.set_minor_formatter(NullFormatter())
+            axes[2].set_title(texts["learning_rate"])
+        else:  # It ends at zero; the history holds its value at the end of each epoch.
             axes[2].plot(epochs, rates, "o-", **style)
-            axes[2].set_title("learning rate after the epoch")
+            axes[2].yaxis.set_major_formatter(_LocalizedTicks(language))
+            axes[2].set_title(texts["learning_rate_after_epoch"])
         for axis in axes:
-            axis.set_xlabel("epoch")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_xlabel(texts["epoch"])
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
             axis.grid(alpha=0.25)
-            for fall in falls:
-                # The rate falls between the epoch before and the next one.
-                axis.axvline(fall + 0.5, color=GREY, linestyle=":", linewidth=1.5)
-        if falls:
-            axes[2].plot([], [], ":", color=GREY, label="milestone")
+            for epoch in milestone_epochs:
+                # The rate drops between this epoch and the next one.
+                axis.axvline(epoch + 0.5, color=GREY, linestyle=":", linewidth=1.5)
+        if milestone_epochs:
+            axes[2].plot([], [], ":", color=GREY, label=texts["milestone"])
             axes[2].legend()
         _save(figure, path, source)
 
 
-def draw_predictions(images, labels, probabilities, class_names, path, source=None, columns=6):
-    """Test images that the model got right and wrong, with its three likeliest classes.
+def draw_predictions(
+    images, labels, probabilities, class_names, path, source=None, columns=6, language="en"
+):
+    """Correctly and wrongly classified test images, with their three most likely classes.
 
     Args:
         images: array `(N, H, W, C)`.
@@ -215,21 +245,27 @@ def draw_predictions(images, labels, probabilities, class_names, path, source=No
         class_names: list of strings.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
-        columns: int, images of each kind in a row; there are two rows of each.
+        columns: int, images in a row; there are two rows of correct and two of wrong predictions.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
-    right = probabilities.argmax(axis=1) == labels
+    texts = load_texts(language)["figures"]["predictions"]
+    predicted = probabilities.argmax(axis=1)
     random = np.random.default_rng(SEED)
-    kinds = {"right": np.flatnonzero(right), "wrong": np.flatnonzero(~right)}
+    groups = {
+        "correct": (np.flatnonzero(predicted == labels), BLUE, "solid"),
+        "wrong": (np.flatnonzero(predicted != labels), ORANGE, "dashed"),
+    }
     with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(2 * columns, 13))
         parts = figure.subfigures(2, 1, hspace=0.02, squeeze=False).ravel()
-        for part, (kind, indices) in zip(parts, kinds.items()):
+        for part, (group, (indices, colour, line)) in zip(parts, groups.items()):
             chosen = random.permutation(indices)[: 2 * columns]
-            part.suptitle(
-                f"{kind}: {len(indices):,} of {len(labels):,} test images, "
-                f"{len(chosen)} of them at random",
-                fontweight="bold",
+            title = texts[group].format(
+                count=localize(f"{len(indices):,}", language),
+                total=localize(f"{len(labels):,}", language),
+                shown=len(chosen),
             )
+            part.suptitle(title, fontweight="bold")
             axes = part.subplots(4, columns, height_ratios=[3, 1, 3, 1])
             pictures, bars = axes[::2].ravel(), axes[1::2].ravel()
             for axis in axes.ravel():
@@ -237,18 +273,20 @@ def draw_predictions(images, labels, probabilities, class_names, path, source=No
             for picture, bar, index in zip(pictures, bars, chosen):
                 picture.axis("on")
                 _show(picture, images[index])
-                _frame(
-                    picture,
-                    BLUE if kind == "right" else ORANGE,
-                    "solid" if kind == "right" else "dashed",
+                _frame(picture, colour, line)
+                title = describe_prediction(
+                    class_names[labels[index]], class_names[predicted[index]], language
                 )
-                picture.set_title(_verdict(labels[index], probabilities[index], class_names))
-                _draw_likeliest(bar, labels[index], probabilities[index], class_names)
+                title, size = _fitted(title, 1.95, 11)
+                picture.set_title(title, fontsize=size)
+                _draw_top_classes(
+                    bar, labels[index], probabilities[index], class_names, texts["true"]
+                )
         _save(figure, path, source)
 
 
-def draw_confusion_matrix(labels, probabilities, class_names, path, source=None):
-    """How often each class is taken for each other, in percent of the true class.
+def draw_confusion_matrix(labels, probabilities, class_names, path, source=None, language="en"):
+    """How often each class is predicted, in percent of the images of each true class.
 
     Args:
         labels: integer array `(N,)`, the true classes.
@@ -256,9 +294,11 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None)
         class_names: list of strings.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
     from sklearn.metrics import ConfusionMatrixDisplay
 
+    texts = load_texts(language)["figures"]["confusion_matrix"]
     count = len(class_names)
     legible = count <= 20
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
@@ -278,23 +318,24 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None)
             im_kw={"vmin": 0, "vmax": 1},
         )
         if legible:
-            for (row, column), share in np.ndenumerate(np.nan_to_num(display.confusion_matrix)):
-                if round(100 * share) > 0:
-                    colour = "white" if share > 0.5 else "black"
+            plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
+            for (row, column), rate in np.ndenumerate(np.nan_to_num(display.confusion_matrix)):
+                if round(100 * rate) > 0:
+                    colour = "white" if rate > 0.5 else "black"
                     axis.text(
-                        column, row, f"{100 * share:.0f}", ha="center", va="center", color=colour
+                        column, row, f"{100 * rate:.0f}", ha="center", va="center", color=colour
                     )
         accuracy = np.mean(probabilities.argmax(axis=1) == labels)
-        axis.set_title(f"percent of each true class; accuracy {accuracy:.2%}")
-        axis.set_xlabel("predicted class")
-        axis.set_ylabel("true class")
+        axis.set_title(texts["title"].format(accuracy=localize(f"{accuracy:.2%}", language)))
+        axis.set_xlabel(texts["predicted"])
+        axis.set_ylabel(texts["true"])
         _save(figure, path, source)
 
 
-def draw_attention_rollout(model, images, titles, path, source=None):
-    """Where what the head reads comes from: map, overlay, and growth with depth.
+def draw_attention_rollout(model, images, titles, path, source=None, language="en"):
+    """Attention Rollout of each image: its map, an overlay, and how it changes with depth.
 
-    The overlay is on the image as it is cut into patches, resized or cropped by then.
+    The overlay is on the image as the model splits it into patches, after resizing or cropping.
 
     Args:
         model: a `VisionTransformer`.
@@ -302,11 +343,13 @@ def draw_attention_rollout(model, images, titles, path, source=None):
         titles: list of strings, one per image.
         path: `Path` of the picture.
         source: string, name of the data set, written at the top.
+        language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
+    texts = load_texts(language)["figures"]["attention_rollout"]
     scores = attention_scores(model, images)
-    depth, side = scores.shape[1], model.get_layer("patches").patch_size
-    cut = augmented_for_display(model.augmentation, images)
-    rows, columns = cut.shape[1] // side, cut.shape[2] // side
+    depth, patch_size = scores.shape[1], model.get_layer("patches").patch_size
+    model_inputs = augmented_for_display(model.augmentation, images)
+    rows, columns = (size // patch_size for size in model_inputs.shape[1:3])
     class_token = model.pooling == "token"
     rollouts = (attention_rollout(scores[:, :block]) for block in range(1, depth + 1))
     maps = [patch_weights(rollout, class_token) for rollout in rollouts]
@@ -319,26 +362,32 @@ def draw_attention_rollout(model, images, titles, path, source=None):
             figsize=(1.35 * (3 + len(shown)), 1.4 * len(images) + 0.5),
             squeeze=False,
         )
-        for row, image, patched, title, growth in zip(axes, images, cut, titles, maps):
-            final = growth[-1]
+        for row, image, model_input, title, by_depth in zip(
+            axes, images, model_inputs, titles, maps
+        ):
+            final = by_depth[-1]
             _show(row[0], image)
-            row[0].set_ylabel(title, fontsize=8.5)
+            title, size = _fitted(title, 1.35, 8.5)
+            row[0].set_ylabel(title, fontsize=size)
             _show_map(row[1], final)
             brightness = (final - final.min()) / np.ptp(final).clip(1e-12)
-            enlarged = np.kron(brightness, np.ones((side, side)))[..., None]
-            _show(row[2], patched * (0.25 + 0.75 * enlarged))
+            enlarged = np.kron(brightness, np.ones((patch_size, patch_size)))[..., None]
+            _show(row[2], model_input * (0.25 + 0.75 * enlarged))
             for axis, block in zip(row[3:], shown):
-                _show_map(axis, growth[block])
-        headings = ["image", "rollout", "overlay", *(f"block {block + 1}" for block in shown)]
+                _show_map(axis, by_depth[block])
+        depths = (
+            texts["up_to_block"].format(block=block + 1) if block else texts["first_block"]
+            for block in shown
+        )
+        headings = [texts["image"], texts["rollout"], texts["overlay"], *depths]
         for axis, heading in zip(axes[0], headings):
             axis.set_title(heading, fontsize=10)
-        axes[0, 3].set_title(f"up to block {shown[0] + 1}", fontsize=10)
-        figure.supxlabel("each map from its smallest weight (dark) to its largest", fontsize=9)
+        figure.supxlabel(texts["scale"], fontsize=9)
         _save(figure, path, source)
 
 
 def _folded(model):
-    """A model to draw: all blocks but the first in one node, and the first one open beside it."""
+    """A model to draw: the first block as one node, the rest as another, and the first expanded."""
     # Rewiring must not touch the original.
     model = type(model).from_config({**model.get_config(), "augmentation": model.augmentation})
     depth = sum(isinstance(x, keras.layers.MultiHeadAttention) for x in model.layers)
@@ -358,31 +407,46 @@ def _folded(model):
 
 
 def _one_per_class(labels, classes, count):
-    """Indices of up to `count` images, each of another class where there are enough classes."""
+    """Indices of up to `count` images, each of a different class if there are enough classes."""
     firsts = [np.flatnonzero(labels == number)[:1] for number in range(classes)]
     chosen = np.concatenate(firsts)[:count]
     return chosen if len(chosen) == count else np.arange(min(count, len(labels)))
 
 
-def _verdict(label, probabilities, class_names):
-    """True and predicted class in one or two lines."""
-    predicted = probabilities.argmax()
-    if predicted == label:
-        return f"✓ {class_names[label]}"
-    return f"✗ {class_names[predicted]}\nis {class_names[label]}"
-
-
-def _draw_likeliest(axis, label, probabilities, class_names):
-    """Bars of the three largest probabilities, the true class marked."""
-    likeliest = probabilities.argsort()[::-1][:3]
-    colours = ["#80C4EE" if number == label else "#CCCCCC" for number in likeliest]
+def _draw_top_classes(axis, label, probabilities, class_names, mark):
+    """Bars of the three largest probabilities; an arrow and the mark point at the true class."""
+    top = probabilities.argsort()[::-1][:3]
+    colours = ["#80C4EE" if index == label else "#CCCCCC" for index in top]
     axis.axis("off")
-    axis.barh(range(len(likeliest)), probabilities[likeliest], color=colours)
+    axis.barh(range(len(top)), probabilities[top], color=colours)
     axis.set(xlim=(0, 1), ylim=(2.6, -0.6))
-    for y, number in enumerate(likeliest):
-        mark = " ← true" if number == label else ""
-        text = f"{class_names[number]} {probabilities[number]:.0%}{mark}"
-        axis.text(0.02, y, text, va="center", fontsize=8)
+    for y, index in enumerate(top):
+        text = f"{class_names[index]} {probabilities[index]:.0%}"
+        text += f" ← {mark}" if index == label else ""
+        text, size = _fitted(text, 1.85, 8, smallest=1)
+        # A long text must not make the layout shrink the images.
+        axis.text(0.02, y, text, va="center", fontsize=size, in_layout=False)
+
+
+def _fitted(text, inches, largest, smallest=7):
+    """A text and its font size, smaller or wrapped as needed to fit a width in inches."""
+    character = 0.56  # Mean width of a character, relative to the font size.
+    longest = max(map(len, text.splitlines()), default=1)
+    size = min(max(72 * inches / (character * longest), smallest), largest)
+    width = int(72 * inches / (character * size) + 0.01)
+    lines = (part for line in text.splitlines() for part in textwrap.wrap(line, width))
+    return "\n".join(lines), size
+
+
+class _LocalizedTicks(ScalarFormatter):
+    """Tick labels as the language writes numbers."""
+
+    def __init__(self, language):
+        super().__init__()
+        self.language = language
+
+    def __call__(self, x, pos=None):
+        return localize(super().__call__(x, pos), self.language)
 
 
 def _show(axis, image):

@@ -1,4 +1,4 @@
-"""Numbers about a trained model: how right it is, how fast it learned, on what it ran."""
+"""Metrics of a trained model: accuracy, calibration, training speed, and the environment."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ BATCH_SIZE = 256
 def predict(model, images):
     """Class probabilities `(N, num_classes)` of images `(N, H, W, C)`, in float64."""
     starts = range(0, len(images), BATCH_SIZE)
-    # `predict` reads by `tf.data` on TensorFlow, whose tuning delays its end.
+    # On TensorFlow, `predict` uses `tf.data`, whose autotuning thread delays its return.
     parts = [model.predict_on_batch(images[start : start + BATCH_SIZE]) for start in starts]
     logits = np.concatenate(parts).astype("float64")
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
@@ -25,23 +25,23 @@ def predict(model, images):
 
 
 def flip_averaged_accuracy(model, images, labels, probabilities):
-    """Accuracy of the mean of what a model says of each image and of its mirror image.
+    """Accuracy of predictions averaged over each image and its horizontal flip.
 
     Args:
         model: a `VisionTransformer`.
         images: array `(N, H, W, C)`.
         labels: integer array `(N,)`.
-        probabilities: array `(N, num_classes)` of the images as they are.
+        probabilities: array `(N, num_classes)`, predicted for the unflipped images.
 
     Returns:
-        Float from 0 to 1.
+        Float in [0, 1].
     """
-    mirrored = predict(model, images[:, :, ::-1])
-    return float(np.mean((probabilities + mirrored).argmax(axis=1) == labels))
+    flipped = predict(model, images[:, :, ::-1])
+    return float(np.mean((probabilities + flipped).argmax(axis=1) == labels))
 
 
 def classification_metrics(probabilities, labels, class_names):
-    """How well probabilities predict labels.
+    """Accuracy, loss and calibration error, and the metrics of each class.
 
     Args:
         probabilities: array `(N, num_classes)`, rows sum to one.
@@ -49,8 +49,8 @@ def classification_metrics(probabilities, labels, class_names):
         class_names: list of strings.
 
     Returns:
-        Dictionary with `accuracy`, `loss` (cross-entropy in nats) and `calibration_error`, and
-        under `per_class` precision, recall, F1 score and number of images of each class.
+        Dictionary with `accuracy`, `loss` (cross-entropy in nats), `calibration_error`, and
+        `per_class`: by class name, `precision`, `recall`, `f1_score` and the number of `images`.
     """
     classes = range(len(class_names))
     predicted = probabilities.argmax(axis=1)
@@ -75,10 +75,11 @@ def classification_metrics(probabilities, labels, class_names):
 
 
 def calibration_error(probabilities, labels, bins=15):
-    """Expected calibration error (Guo et al., 2017): how far confidence and accuracy lie apart.
+    """Expected calibration error (Guo et al., 2017), the gap between confidence and accuracy.
 
-    Images are sorted into bins of equal width by the probability of their predicted class. The
-    distances between its mean and the accuracy are averaged over the bins, each by its images.
+    Images are sorted into bins of equal width by confidence, the probability of the predicted
+    class. The gaps between mean confidence and accuracy are averaged over the bins, weighted by
+    the number of images in each.
 
     Args:
         probabilities: array `(N, num_classes)`, rows sum to one.
@@ -95,18 +96,18 @@ def calibration_error(probabilities, labels, bins=15):
 
 
 def training_metrics(history, images):
-    """Length and speed of a run out of `fit`'s history and the number of training images."""
+    """Duration and speed of training, from the history of `fit` and the number of images."""
     seconds = history["seconds"]
-    typical = statistics.median(seconds[1:] or seconds)  # The first epoch compiles.
+    typical_epoch = statistics.median(seconds[1:] or seconds)  # The first epoch compiles.
     return {
         "epochs": len(seconds),
         "training_seconds": round(sum(seconds), 1),
-        "images_per_second": round(images / typical, 1),
+        "images_per_second": round(images / typical_epoch, 1),
     }
 
 
 def environment():
-    """What a run ran on: backend, device, and versions of the packages that matter."""
+    """The backend, the device, and the versions of Python and the packages used."""
     backend = keras.backend.backend()
     packages = ("keras", "numpy", *{backend, "tensorflow"})
     versions = {}
@@ -123,17 +124,17 @@ def environment():
 
 
 def per_class_table(results):
-    """The classes of `classification_metrics` as lines of text."""
+    """The metrics of each class, from `classification_metrics`, as a table in plain text."""
     width = max(len("class"), *map(len, results["per_class"]))
     lines = [f"{'class':{width}}  precision  recall      F1  images"]
     for name, row in results["per_class"].items():
-        numbers = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1_score']:6.3f}"
-        lines.append(f"{name:{width}}  {numbers}  {row['images']:6d}")
+        rates = f"{row['precision']:9.3f}  {row['recall']:6.3f}  {row['f1_score']:6.3f}"
+        lines.append(f"{name:{width}}  {rates}  {row['images']:6d}")
     return "\n".join(lines)
 
 
 def _processor():
-    """The processor's name; `platform` leaves it out on Linux."""
+    """The name of the processor, which `platform` does not report on Linux."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(x.split(":")[1].strip() for x in lines if x.startswith("model name"))

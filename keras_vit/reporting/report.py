@@ -1,8 +1,7 @@
-"""Pages that open from disk and ask for nothing: the report of a run, and the explorer alone."""
+"""Self-contained HTML pages: the report of a run, and the attention explorer on its own."""
 
 import inspect
 import itertools
-import json
 import pathlib
 import pkgutil
 import typing
@@ -17,12 +16,12 @@ from pygments.lexers import PythonLexer
 
 import keras_vit.layers
 from keras_vit.files import atomic_write
-from keras_vit.reporting.explorer import COLOURS, MOST_IMAGES, pack, png_uri
+from keras_vit.reporting.explorer import COLOURS, MAX_IMAGES, pack, png_uri
+from keras_vit.reporting.texts import TEMPLATES, describe_prediction, load_texts, localize
 from keras_vit.training import step_schedule
 
-TEMPLATES = pathlib.Path(__file__).parent / "templates"
 SEED = 0
-# For each section, the picture that shows its effect, and what does it: classes and functions.
+# For each section, its picture, and the classes and functions whose source it shows.
 SECTIONS = {
     "augmentation": (
         "augmentation.png",
@@ -73,15 +72,14 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         path: `Path` of the file.
         model: the trained `VisionTransformer`.
         dataset: the `Dataset` that it was trained and tested on.
-        config: dictionary, the settings of the run, as `config.json` holds them.
-        metrics: dictionary, as `metrics.json` holds them.
-        probabilities: array `(N, num_classes)`, the model's answer for each test image.
-        pictures: `Path` of a folder with the pictures of the run; what is missing is left out.
+        config: dictionary, the settings of the run, from `config.json`.
+        metrics: dictionary, from `metrics.json`.
+        probabilities: array `(N, num_classes)`, predicted for the test images.
+        pictures: `Path` of the folder with the pictures of the run; missing ones are left out.
         language: `"en"` or `"pl"`.
     """
-    number = {"en": str, "pl": _polish}[language]
-    facts = _facts(config, metrics, model, dataset, number)
-    texts = _filled(_texts(language) | {"explained": ""}, facts)
+    facts = _facts(config, metrics, model, dataset, language)
+    texts = _filled(load_texts(language) | {"explained": ""}, facts)
     sections = [
         _section(key, picture and pictures / picture, names, texts, facts)
         for key, (picture, names) in SECTIONS.items()
@@ -91,7 +89,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
     results["more"] = [
         (_data_uri(pictures / "confusion_matrix.png"), texts["sections"]["confusion"])
     ]
-    images, titles = _examples(dataset, probabilities)
+    images, titles = _examples(dataset, probabilities, language)
     try:
         attention = pack(model, images, titles)
     except ValueError:  # Too many tokens for a page.
@@ -112,12 +110,17 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         texts,
         title=texts["title"],
         lead=texts["lead"],
-        headline=[(texts["headline"][name], number(value)) for name, value in headline.items()],
+        headline=[
+            (texts["headline"][name], localize(value, language)) for name, value in headline.items()
+        ],
         sections=sections,
         per_class={
             name: {
-                **{x: number(f"{row[x]:.3f}") for x in ("precision", "recall", "f1_score")},
-                "images": number(f"{row['images']:,}"),
+                **{
+                    metric: localize(f"{row[metric]:.3f}", language)
+                    for metric in ("precision", "recall", "f1_score")
+                },
+                "images": localize(f"{row['images']:,}", language),
             }
             for name, row in metrics["per_class"].items()
         },
@@ -137,18 +140,18 @@ def write_explorer(path, model, name, images, titles, language="en"):
     Args:
         path: `Path` of the file.
         model: a `VisionTransformer`.
-        name: string, what to call it.
-        images: uint8 array `(B, H, W, C)`, as the model takes them.
+        name: string, the name of the model in the title.
+        images: uint8 array `(B, H, W, C)` of raw pixels.
         titles: list of strings, one for each image.
         language: `"en"` or `"pl"`.
 
     Returns:
-        Int, how many of the images fit into the page.
+        Int, the number of images in the page, from the first one on.
 
     Raises:
-        ValueError: if the attention on a single image takes over 3 MiB.
+        ValueError: if the attention scores of a single image exceed 3 MiB.
     """
-    texts = _texts(language)
+    texts = load_texts(language)
     attention = pack(model, images, titles)
     title = _filled(texts["explained"], {"model": name})
     _write(path, "explain.html", language, texts, title=title, attention=attention)
@@ -169,27 +172,18 @@ def _write(path, template, language, texts, **context):
         part.write_text(page.render(context), encoding="utf-8")
 
 
-def _texts(language):
-    return json.loads((TEMPLATES / f"{language}.json").read_text(encoding="utf-8"))
-
-
 def _filled(texts, facts) -> typing.Any:
-    """Texts, or dictionaries and lists of them, with the facts put in where they name them."""
+    """A text, or a dictionary or list of texts, with its `{{ names }}` replaced by the facts."""
     if isinstance(texts, dict):
         return {key: _filled(value, facts) for key, value in texts.items()}
     if isinstance(texts, list):
         return [_filled(value, facts) for value in texts]
-    # Escaped later, by the page's templates.
+    # The templates of the pages escape it.
     return jinja2.Template(texts, undefined=jinja2.StrictUndefined).render(facts)
 
 
-def _polish(number):
-    """A number as Polish writes it, with a comma for decimals and spaces between thousands."""
-    return str(number).replace(",", "\u00a0").replace(".", ",")
-
-
 def _describe_augmentation(section, layers, texts):
-    """Adds what the layers of an augmentation do, and the source of those of this package."""
+    """Adds the descriptions of augmentation layers, and the source of those of this package."""
     names = [type(layer).__name__ for layer in layers]
     described = [texts["layers"][name] for name in names if name in texts["layers"]]
     section["paragraphs"] = section["paragraphs"] + (described if names else [texts["without"]])
@@ -198,40 +192,39 @@ def _describe_augmentation(section, layers, texts):
     section["objects"] = [_source(f"layers.{name}") for name in ours] + section["objects"]
 
 
-def _facts(config, metrics, model, dataset, number):
-    """What the texts and tables tell, out of a run's settings, metrics and model.
-
-    `number` is a function that writes a number as the report's language does.
-    """
+def _facts(config, metrics, model, dataset, language):
+    """Values for the texts and tables, from the settings, metrics and model of a run."""
     height, width, channels = dataset.image_shape
     patches = model.get_layer("patches")
-    falls = step_schedule(config["learning_rate"], metrics["epochs"], config["milestones"])[1]
+    _, milestone_epochs = step_schedule(
+        config["learning_rate"], metrics["epochs"], config["milestones"]
+    )
     normalization = model.get_layer("normalization")
     return {
         "config": config,
         "metrics": metrics,
         "dataset": dataset.name,
-        "number": number,
-        "train_count": number(f"{len(dataset.train_labels):,}"),
-        "test_count": number(f"{len(dataset.test_labels):,}"),
-        "accuracy": number(f"{metrics['accuracy']:.2%}"),
-        "calibration_error": number(f"{metrics['calibration_error']:.1%}"),
+        "language": language,
+        "train_count": localize(f"{len(dataset.train_labels):,}", language),
+        "test_count": localize(f"{len(dataset.test_labels):,}", language),
+        "accuracy": localize(f"{metrics['accuracy']:.2%}", language),
+        "calibration_error": localize(f"{metrics['calibration_error']:.1%}", language),
         **{"height": height, "width": width, "channels": channels},
-        "patch": patches.patch_size,
+        "patch_size": patches.patch_size,
         **dict(zip(("cut_height", "cut_width"), patches.input.shape[1:3])),
-        **dict(zip(("patches", "numbers"), patches.output.shape[1:])),
-        "falls": falls,
+        **dict(zip(("num_patches", "values_per_patch"), patches.output.shape[1:])),
+        "milestone_epochs": milestone_epochs,
         "classes": dataset.class_names,
         "augmentation": [type(layer).__name__ for layer in model.augmentation],
         "layers": [type(layer).__name__ for layer in model.layers],
-        "mean": _numbers(normalization.mean),
-        "deviation": np.sqrt(_numbers(normalization.variance)),
+        "mean": _as_vector(normalization.mean),
+        "standard_deviation": np.sqrt(_as_vector(normalization.variance)),
         "optimizer": {"adamw": "AdamW", "muon": "Muon"}[config.get("optimizer", "adamw")],
         "pooling": model.pooling,
     }
 
 
-def _numbers(variable):
+def _as_vector(variable):
     return keras.ops.convert_to_numpy(variable).ravel()
 
 
@@ -251,50 +244,56 @@ def _section(key, picture, names, texts, facts):
 
 
 def _tables(texts, facts):
-    """Names and values of each section's table."""
-    config, metrics = facts["config"], facts["metrics"]
-    arrow, number = " → ".join, facts["number"]
+    """Names and values of the table of each section."""
+    config, metrics, language = facts["config"], facts["metrics"], facts["language"]
+    arrow = " → ".join
 
-    def numbers(values):
-        return "; ".join(number(f"{value:.2f}") for value in values)
+    def per_channel(values):
+        return "; ".join(localize(f"{value:.2f}", language) for value in values)
 
     minutes, seconds = divmod(round(metrics["training_seconds"]), 60)
     return {
         "augmentation": {"layers": arrow(facts["augmentation"]) or texts["none"]},
         "place": {"first_layers": arrow(facts["layers"][: len(facts["augmentation"]) + 3])},
         "data": {
-            "source": facts["dataset"],
-            "train": facts["train_count"],
-            "test": facts["test_count"],
+            "dataset": facts["dataset"],
+            "train_images": facts["train_count"],
+            "test_images": facts["test_count"],
             "classes": ", ".join(facts["classes"]),
-            "shape": f"{facts['height']}×{facts['width']}×{facts['channels']}",
-            "mean": numbers(facts["mean"]),
-            "deviation": numbers(facts["deviation"]),
+            "image_shape": f"{facts['height']}×{facts['width']}×{facts['channels']}",
+            "mean": per_channel(facts["mean"]),
+            "standard_deviation": per_channel(facts["standard_deviation"]),
         },
-        "patches": {name: facts[name] for name in ("patch", "patches", "numbers")},
+        "patches": {
+            "patch_size": f"{facts['patch_size']}×{facts['patch_size']}",
+            "num_patches": facts["num_patches"],
+            "values_per_patch": facts["values_per_patch"],
+        },
         "model": {
-            name: number(config[name])
+            name: localize(config[name], language)
             for name in ("embed_dim", "depth", "num_heads", "mlp_dim", "dropout")
         },
         "training": {
             "optimizer": facts["optimizer"],
-            "learning_rate": number(f"{config['learning_rate']:g}"),
+            "learning_rate": localize(f"{config['learning_rate']:g}", language),
             "schedule": texts[config["schedule"]],
-            "weight_decay": number(f"{config['weight_decay']:g}"),
+            "weight_decay": localize(f"{config['weight_decay']:g}", language),
             **{
-                name: number(f"{config[name]:.0%}")
+                name: localize(f"{config[name]:.0%}", language)
                 for name in ("warmup", "label_smoothing", "stochastic_depth")
                 if config.get(name)
             },
             "batch_size": config["batch_size"],
-            "seconds": f"{minutes} min {seconds} s",
-            "versions": ", ".join(f"{name} {x}" for name, x in metrics["versions"].items()),
+            "training_time": f"{minutes} min {seconds} s",
+            "versions": ", ".join(
+                f"{package} {version}" for package, version in metrics["versions"].items()
+            ),
         },
     }
 
 
 def _source(name):
-    """A class or function by its name within the package: its file, and its source as it is now."""
+    """Name, file and highlighted source of a class or function of this package."""
     found = pkgutil.resolve_name(f"keras_vit.{name}")
     file = pathlib.Path(inspect.getfile(found))
     line = inspect.getsourcelines(found)[1]
@@ -304,26 +303,28 @@ def _source(name):
     return {"name": name.rpartition(".")[-1], "place": place, "source": Markup(html)}
 
 
-def _examples(dataset, probabilities):
-    """A dozen test images at random, half of them wrong if there are so many, and titles."""
+def _examples(dataset, probabilities, language):
+    """Up to twelve random test images and their titles; half are misclassified if possible."""
     predicted, labels = probabilities.argmax(axis=1), dataset.test_labels
-    random, names = np.random.default_rng(SEED), dataset.class_names
-    count = min(MOST_IMAGES, len(labels))
-    right, wrong = (
-        random.permutation(np.flatnonzero(found))[:count]
-        for found in (predicted == labels, predicted != labels)
+    random, class_names = np.random.default_rng(SEED), dataset.class_names
+    count = min(MAX_IMAGES, len(labels))
+    correct, wrong = (
+        random.permutation(np.flatnonzero(group))[:count]
+        for group in (predicted == labels, predicted != labels)
     )
-    pairs = itertools.zip_longest(right, wrong)  # As many of each, as far as they go.
-    chosen = [i for pair in pairs for i in pair if i is not None][:count]
+    pairs = itertools.zip_longest(correct, wrong)  # Alternately, while both last.
+    chosen = [index for pair in pairs for index in pair if index is not None][:count]
     titles = [
-        f"✓ {names[i]}" if i == j else f"✗ {names[j]} ({names[i]})"
-        for i, j in zip(labels[chosen], predicted[chosen])
+        describe_prediction(
+            class_names[labels[index]], class_names[predicted[index]], language, ",\n"
+        )
+        for index in chosen
     ]
     return np.asarray(dataset.test_images[chosen]), titles
 
 
 def _data_uri(path):
-    """A picture as an address inside the page; None where it is missing."""
+    """A picture file as a data URI; None if it is missing."""
     if not path.exists():
         return None
     return png_uri(path.read_bytes())

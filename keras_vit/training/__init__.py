@@ -1,16 +1,16 @@
-"""From a recipe to a trained model, in runs that may be interrupted anywhere."""
+"""Training a model from a recipe, in runs that can be interrupted at any time and resumed."""
 
 from keras_vit.training.checkpoints import FOLDER as CHECKPOINTS
-from keras_vit.training.checkpoints import OtherVariables
+from keras_vit.training.checkpoints import DifferentVariables
 from keras_vit.training.fitting import build_model, compile_model, fit
-from keras_vit.training.flops import operations
+from keras_vit.training.flops import costs_of_epochs, operations
 from keras_vit.training.journal import (
     BEST_MODEL,
     HISTORY,
     TIMING,
+    DifferentData,
     Diverged,
     Interrupted,
-    OtherData,
     read_history,
 )
 from keras_vit.training.optimizers import Muon
@@ -24,10 +24,11 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Muon",
-    "OtherData",
-    "OtherVariables",
+    "DifferentData",
+    "DifferentVariables",
     "build_model",
     "compile_model",
+    "costs_of_epochs",
     "fit",
     "operations",
     "read_history",

@@ -1,9 +1,9 @@
-"""Checkpoints from which a training goes on as if it had never stopped.
+"""Checkpoints that resume training exactly where it was interrupted.
 
-Keras's `BackupAndRestore` overwrites its only copy in place and learns the batches of an
-interrupted epoch twice; its `OrbaxCheckpoint` keeps neither the place in the epoch nor the
-numbers of the epochs before. Here one file holds all of it, appears whole or not at all, carries
-a checksum, and knows the name of each variable.
+Keras's `BackupAndRestore` overwrites its only copy in place and trains twice on the batches of an
+interrupted epoch; its `OrbaxCheckpoint` saves neither the position within the epoch nor the
+metrics of earlier epochs. Here one file holds all of it, is written atomically, carries a
+checksum, and stores each variable by name.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import re
 import warnings
 
 import keras
-import ml_dtypes  # noqa: F401  NumPy knows `bfloat16` and the like by name then.
+import ml_dtypes  # noqa: F401  Registers `bfloat16` and the like with NumPy.
 import numpy as np
 from keras import ops
 
@@ -26,32 +26,32 @@ KEPT = 2
 NAMES = "step-*.checkpoint"
 # What `keras.optimizers.LossScaleOptimizer`, which float16 needs, adds to an optimizer.
 LOSS_SCALE = "loss_scale_optimizer/"
-# How many variables an error names.
+# Most variables that an error lists.
 SHOWN = 5
 
 
-class OtherVariables(Exception):
-    """A checkpoint lacks the names of its variables, or holds variables of another model."""
+class DifferentVariables(Exception):
+    """A checkpoint does not have the variables of the model, or lacks their names."""
 
 
 def versions():
-    """The versions that decide which variables a model and its optimizer have."""
+    """Versions of the packages that define the variables of a model and its optimizer."""
     return {"keras": keras.__version__, "keras_vit": __version__}
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A state of a training.
+    """The state of a training run.
 
     Attributes:
-        epoch: int, epochs that are complete.
-        batch: int, batches of the next one that are learned already.
-        rows: list of dictionaries, what each complete epoch measured.
-        seconds: float, how long the batches of the next epoch took.
+        epoch: int, number of completed epochs.
+        batch: int, number of batches of the next epoch that were already trained on.
+        rows: list of dictionaries, the metrics of each completed epoch.
+        seconds: float, time spent on the batches of the next epoch.
         data: string, digest of the training images and labels.
         arrays: dictionary of NumPy arrays, as `copy_of_state` returns it.
-        precision: string, what the layers computed in, such as `"bfloat16"`.
-        versions: dictionary of strings, the versions that wrote the checkpoint.
+        precision: string, compute dtype of the layers, such as `"bfloat16"`.
+        versions: dictionary of strings, package versions that wrote the checkpoint.
     """
 
     epoch: int
@@ -63,24 +63,29 @@ class Checkpoint:
     precision: str = ""
     versions: dict = dataclasses.field(default_factory=versions)
 
-    def assign(self, model):
-        """Gives a compiled and built model of the same variables the state of this checkpoint.
+    @property
+    def last_epoch(self):
+        """Index of the epoch, counted from zero, whose last batch was trained on."""
+        return self.epoch if self.batch else max(self.epoch - 1, 0)
 
-        Warns if another version of Keras or of this package wrote it.
+    def assign(self, model):
+        """Assigns this state to a compiled and built model that has the same variables.
+
+        Warns if the checkpoint was written by another version of Keras or of this package.
 
         Raises:
-            OtherVariables: if the model has other variables; it keeps its state then.
+            DifferentVariables: if the model has different variables; it is left unchanged.
         """
         variables = _named_state(model)
         arrays = self.arrays
         if _scales_loss(variables) != _scales_loss(arrays):
-            # The run resumes in another precision, and the loss scale starts anew or is dropped.
+            # The run resumes in another precision: the loss scale is initialized or dropped.
             variables, arrays = _without_loss_scale(variables), _without_loss_scale(arrays)
-        here = {name: _kind(x.shape, x.dtype) for name, x in variables.items()}
-        there = {name: _kind(x.shape, x.dtype.name) for name, x in arrays.items()}
-        if differences := _differences(there, here):
-            raise OtherVariables(
-                f"the checkpoint has other variables than the model: {differences}"
+        in_model = {name: _kind(x.shape, x.dtype) for name, x in variables.items()}
+        in_checkpoint = {name: _kind(x.shape, x.dtype.name) for name, x in arrays.items()}
+        if differences := _differences(in_checkpoint, in_model):
+            raise DifferentVariables(
+                f"the variables of the checkpoint differ from those of the model: {differences}"
             )
         if self.versions != versions():
             written, now = (
@@ -89,7 +94,7 @@ class Checkpoint:
             )
             warnings.warn(
                 f"the checkpoint was written by {written}, and is resumed with {now}: results may "
-                "differ from those of a run that was never stopped",
+                "differ from those of an uninterrupted run",
                 stacklevel=2,
             )
         for name, variable in variables.items():
@@ -105,12 +110,12 @@ def _without_loss_scale(state):
 
 
 def state_of(model):
-    """Every variable that training changes: weights, random seeds, optimizer, running metrics."""
+    """All variables that training updates: weights, seeds, optimizer state, running metrics."""
     return [*model.variables, *model.optimizer.variables, *model.metrics_variables]
 
 
 def copy_of_state(model):
-    """NumPy arrays of `state_of`, by name, that stay as they are while training goes on."""
+    """Copies of the variables of `state_of`, as NumPy arrays by name."""
     return {
         name: np.array(ops.convert_to_numpy(variable))
         for name, variable in _named_state(model).items()
@@ -120,12 +125,12 @@ def copy_of_state(model):
 def _named_state(model):
     """The variables of `state_of`, by names that are the same in every process.
 
-    A name is a variable's path. Keras numbers what has no name of its own by how many of a kind
-    the process has made, such as `seed_generator_7`: here, by how many of them the model has.
+    A name is a variable's path. Keras numbers unnamed layers within the process, such as
+    `seed_generator_7`; here they are numbered within the model.
     """
     known, references, state = {}, {}, {}
 
-    def counted_anew(path):
+    def renumbered(path):
         name = ""
         for part in path.split("/"):
             kind = name + re.sub(r"_\d+$", "", part)
@@ -135,17 +140,17 @@ def _named_state(model):
         return name[:-1]
 
     for variable in model.variables:
-        references[variable.path.replace("/", "_")] = counted_anew(variable.path)
+        references[variable.path.replace("/", "_")] = renumbered(variable.path)
     for variable in state_of(model):
-        # An optimizer's name for what it keeps of a variable starts with that one's path.
-        place, _, name = variable.path.rpartition("/")
-        found = [x for x in references if name.startswith(f"{x}_")]
-        reference = max(found, key=len, default=None)
+        # The name of an optimizer's slot starts with the path of its variable.
+        parent, _, name = variable.path.rpartition("/")
+        matches = [x for x in references if name.startswith(f"{x}_")]
+        reference = max(matches, key=len, default=None)
         if reference is None:
-            name = counted_anew(variable.path)
+            name = renumbered(variable.path)
         else:
-            name = f"{counted_anew(place)}/{references[reference]}{name[len(reference) :]}"
-        while name in state:  # Of layers of one name in several nested models.
+            name = f"{renumbered(parent)}/{references[reference]}{name[len(reference) :]}"
+        while name in state:  # Layers of the same name in different nested models.
             name += "'"
         state[name] = variable
     return state
@@ -155,12 +160,13 @@ def _kind(shape, dtype):
     return f"{tuple(shape)} {dtype}"
 
 
-def _differences(there, here):
-    """What tells the variables of a checkpoint from those of a model; empty if nothing does."""
-    names = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+def _differences(in_checkpoint, in_model):
+    """How the variables of a checkpoint differ from those of a model; empty if they agree."""
+    names = {**in_checkpoint, **in_model}
+    names = [name for name in names if in_checkpoint.get(name) != in_model.get(name)]
     shown = [
-        f"{name} is {there.get(name, 'missing')} in the checkpoint and "
-        f"{here.get(name, 'missing')} in the model"
+        f"{name} is {in_checkpoint.get(name, 'missing')} in the checkpoint and "
+        f"{in_model.get(name, 'missing')} in the model"
         for name in names[:SHOWN]
     ]
     rest = [f"and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
@@ -170,11 +176,11 @@ def _differences(there, here):
 def save(folder, checkpoint):
     """Writes a checkpoint into a folder and removes all but the newest two."""
     folder.mkdir(exist_ok=True)
-    place = {key: value for key, value in vars(checkpoint).items() if key != "arrays"}
-    place["variables"] = [(name, x.dtype.name) for name, x in checkpoint.arrays.items()]
+    metadata = {key: value for key, value in vars(checkpoint).items() if key != "arrays"}
+    metadata["variables"] = [(name, x.dtype.name) for name, x in checkpoint.arrays.items()]
     arrays = {f"{i}": _storable(x) for i, x in enumerate(checkpoint.arrays.values())}
     buffer = io.BytesIO()
-    np.savez(buffer, place=json.dumps(place), **arrays)
+    np.savez(buffer, place=json.dumps(metadata), **arrays)
     content = buffer.getbuffer()
     name = f"step-{checkpoint.epoch:06d}-{checkpoint.batch:08d}.checkpoint"
     with atomic_write(folder / name) as path, open(path, "wb") as file:
@@ -185,36 +191,36 @@ def save(folder, checkpoint):
 
 
 def _storable(array):
-    """An array whose type a file of NumPy's can tell: `bfloat16` and the like as whole numbers."""
-    is_known = np.dtype(array.dtype.str) == array.dtype
-    return array if is_known else array.view(f"u{array.itemsize}")
+    """An array in a dtype that .npy files support: `bfloat16` and the like as integers."""
+    is_native = np.dtype(array.dtype.str) == array.dtype
+    return array if is_native else array.view(f"u{array.itemsize}")
 
 
 def newest(folder):
-    """The newest `Checkpoint` of a folder that is whole; None where there is none.
+    """The newest intact `Checkpoint` of a folder; None if there is none.
 
-    Damaged ones are removed, so that they do not count as the newest two.
+    Damaged ones are removed, so that they do not count towards the two that are kept.
 
     Raises:
-        OtherVariables: if it is from a version that did not note the names of its variables.
+        DifferentVariables: if it is from a version that did not store the names of variables.
     """
     for path in sorted(folder.glob(NAMES), reverse=True):
         content = path.read_bytes()
         digest, content = content[:32], content[32:]
         if hashlib.sha256(content).digest() != digest:
-            warnings.warn(f"{path} is damaged, going on from the one before it", stacklevel=2)
+            warnings.warn(f"{path} is damaged, resuming from the previous checkpoint", stacklevel=2)
             path.unlink()
             continue
         with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            place = json.loads(str(file["place"]))
-            if "variables" not in place:
-                raise OtherVariables(
-                    f"{path} was written by an older version of keras_vit, which did not note the "
-                    "names of the variables"
+            metadata = json.loads(str(file["place"]))
+            if "variables" not in metadata:
+                raise DifferentVariables(
+                    f"{path} was written by an older version of keras_vit, which did not store "
+                    "the names of the variables"
                 )
             arrays = {
                 name: file[f"{index}"].view(dtype)
-                for index, (name, dtype) in enumerate(place.pop("variables"))
+                for index, (name, dtype) in enumerate(metadata.pop("variables"))
             }
-        return Checkpoint(**place, arrays=arrays)
+        return Checkpoint(**metadata, arrays=arrays)
     return None

@@ -1,4 +1,4 @@
-"""From a recipe to a trained model: building, compiling, fitting."""
+"""Building, compiling and fitting a model from a recipe."""
 
 import keras
 import numpy as np
@@ -9,11 +9,14 @@ from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
+from keras_vit.training.checkpoints import FOLDER, newest
+from keras_vit.training.flops import costs_of_epochs
 from keras_vit.training.journal import Journal
 from keras_vit.training.optimizers import Muon
 from keras_vit.training.schedules import learning_rate, step_schedule
+from keras_vit.training.stages import resized, stages_of, transfer
 
-# Training steps that JAX runs on a GPU without asking the host.
+# Training steps per dispatch with JAX on an accelerator.
 STEPS_AT_ONCE = 32
 
 
@@ -29,7 +32,7 @@ def build_model(dataset, recipe, dtype=None):
         A `VisionTransformer`.
 
     Raises:
-        ValueError: if the recipe's sizes do not fit the images or each other.
+        ValueError: if the recipe's sizes do not match the images or each other.
     """
     model = VisionTransformer(
         dataset.image_shape,
@@ -52,7 +55,7 @@ def build_model(dataset, recipe, dtype=None):
 
 
 def augmentation(dataset, recipe):
-    """The layers that vary the training images of a data set as a recipe wants it.
+    """The augmentation layers of a recipe, for the training images of a data set.
 
     Args:
         dataset: a `Dataset`.
@@ -69,10 +72,14 @@ def augmentation(dataset, recipe):
     if recipe.trivial_augment:
         layers.append(TrivialAugment(dtype="float32", name="trivial_augment"))
     if recipe.erasing:
-        share = (recipe.erasing, recipe.erasing)
+        probability = (recipe.erasing, recipe.erasing)
         layers.append(
             keras.layers.RandomErasing(
-                share, fill_value=128, data_format="channels_last", dtype="float32", name="erasing"
+                probability,
+                fill_value=128,
+                data_format="channels_last",
+                dtype="float32",
+                name="erasing",
             )
         )
     if recipe.mixup or recipe.cutmix:
@@ -90,36 +97,46 @@ def fit(
     tensorboard=False,
     save_every=None,
 ):
-    """Compiles and trains a model by a recipe, from the newest checkpoint of a run on.
+    """Compiles and trains a model with a recipe, resuming from the newest checkpoint if any.
 
     Args:
         model: a `VisionTransformer`, adapted to the training images.
         dataset: a `Dataset`.
         recipe: a `Recipe`.
-        seed: int, decides the order of the images in each epoch.
-        validation: pair `(images, labels)` to measure after each epoch.
+        seed: int, seed of the order of the images.
+        validation: pair `(images, labels)` to evaluate on after each epoch.
         run_dir: `Path` of an existing folder for `history.csv`, `best.keras` (with `validation`),
-            checkpoints and TensorBoard's logs. What it holds of an earlier training is taken as
-            the start of this one.
-        tensorboard: bool, whether to write those logs.
-        save_every: int, least number of steps between checkpoints inside of an epoch; there is
-            always one at its end.
+            checkpoints and TensorBoard logs. If it has a checkpoint, training resumes from it.
+        tensorboard: bool, whether to write TensorBoard logs.
+        save_every: int, minimum number of steps between checkpoints within an epoch; each epoch
+            ends with a checkpoint anyway.
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
-        `seconds`, and `val_loss` and `val_accuracy` with `validation`. A cosine's rate is the one
-        after the epoch's last step.
+        `seconds`, and `val_loss` and `val_accuracy` with `validation`. With a cosine schedule,
+        `learning_rate` is the rate after the last step of the epoch.
 
     Raises:
-        Interrupted: once the step, or the steps run at once, in which SIGINT or SIGTERM came are
-            done and saved.
-        Diverged: if the loss is NaN or infinite; the last checkpoint is from before that.
-        OtherData: if the run was begun with other training images or labels.
+        Interrupted: on SIGINT or SIGTERM, after the current dispatch of steps is finished and
+            saved.
+        Diverged: if the loss becomes NaN or infinite; the last checkpoint is from before that.
+        DifferentData: if the checkpoint was made with different training images or labels.
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
-    compile_model(model, recipe, batches.num_batches)
+    stages = stages_of(recipe, dataset.image_shape)
+    checkpoint = run_dir and newest(run_dir / FOLDER)
+    last_epoch = checkpoint.last_epoch if checkpoint else 0
+    place = next(place for place, stage in enumerate(stages) if last_epoch < stage.end)
+
+    def compiled(stage):
+        at_size = model if stage is stages[-1] else resized(model, stage.size)
+        compile_model(at_size, recipe, batches.num_batches)
+        return at_size
+
+    current = compiled(stages[place])
     data = digest(dataset) if run_dir else ""
-    journal = Journal(model, batches, run_dir, save_every, data, recipe.epochs)
+    costs = costs_of_epochs(recipe, dataset.image_shape)
+    journal = Journal(current, batches, run_dir, save_every, data, costs, checkpoint)
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
         journal,
@@ -139,26 +156,31 @@ def fit(
     }
 
     def fit_until(epochs):
-        model.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
+        if journal.epoch < epochs:
+            current.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
 
-    with journal.at_work():
-        # The rest of an interrupted epoch, which is shorter than the others.
+    with journal.running():
+        # The rest of an interrupted epoch.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
-        fit_until(recipe.epochs)
+        fit_until(stages[place].end)
+        for stage in stages[place + 1 :]:
+            smaller, current = current, compiled(stage)
+            transfer(smaller, current)
+            fit_until(stage.end)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
     return {key: [row[key] for row in journal.rows] for key in measured}
 
 
 def optimizer(model, recipe, steps_per_epoch):
-    """The recipe's optimizer, which knows what weight decay spares.
+    """The recipe's optimizer, with the variables that it excludes from weight decay.
 
     Args:
         model: a `VisionTransformer`.
         recipe: a `Recipe`.
-        steps_per_epoch: int, batches of an epoch.
+        steps_per_epoch: int, number of batches in an epoch.
 
     Returns:
         A Keras optimizer.
@@ -166,7 +188,7 @@ def optimizer(model, recipe, steps_per_epoch):
     rate = learning_rate(recipe, steps_per_epoch)
     precision = model.get_layer("norm").compute_dtype
     if recipe.optimizer == "muon":
-        # Halves overflow where bfloat16 does not.
+        # float16 overflows where bfloat16 does not.
         iteration = "bfloat16" if precision == "bfloat16" else "float32"
         chosen = Muon(rate, weight_decay=recipe.weight_decay, iteration_dtype=iteration)
     else:
@@ -174,16 +196,16 @@ def optimizer(model, recipe, steps_per_epoch):
     if recipe.decay_kernels_only:
         others = [v for v in model.trainable_variables if v.name != "kernel"]
         chosen.exclude_from_weight_decay(var_list=others)
-    # Small gradients would vanish in float16.
+    # Small gradients would underflow in float16.
     return keras.optimizers.LossScaleOptimizer(chosen) if precision == "float16" else chosen
 
 
 def compile_model(model, recipe, steps_per_epoch=1):
-    """Gives a model the recipe's optimizer, the loss on logits, and accuracy."""
+    """Compiles a model with the recipe's optimizer, its loss and accuracy."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if recipe.label_smoothing:
         loss = LabelSmoothingCrossentropy(recipe.label_smoothing)
-    # On a CPU, TensorFlow's own kernels run a training step faster than those that XLA makes.
+    # On a CPU, TensorFlow's own kernels run a training step faster than XLA's.
     on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
     model.compile(
         optimizer=optimizer(model, recipe, steps_per_epoch),
@@ -192,8 +214,8 @@ def compile_model(model, recipe, steps_per_epoch=1):
         jit_compile=False if on_tensorflow_cpu else "auto",
         steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,
     )
-    # Left to the first step, which TensorFlow would trace twice for it, and no checkpoint could be
-    # restored before.
+    # Built now rather than by the first step, which TensorFlow would trace twice, and because a
+    # checkpoint can be restored only afterwards.
     model.optimizer.build(model.trainable_variables)
     logits = np.zeros((1, model.output_shape[-1]), "float32")
     model.compute_metrics(None, np.zeros((1,), "int32"), logits)

@@ -1,10 +1,12 @@
-"""What a training costs."""
+"""Training cost in floating point operations."""
+
+from keras_vit.training.stages import stages_of
 
 
 def operations(recipe, image_shape):
-    """Floating point operations of training on one image, forwards and backwards.
+    """Floating point operations of the forward and backward pass of one training image.
 
-    Every product of matrices counts but for the head's, the optimizer's and the augmentation's.
+    Counts all matrix products except those of the head, the optimizer and the augmentation.
 
     Args:
         recipe: a `Recipe`.
@@ -23,5 +25,22 @@ def operations(recipe, image_shape):
     last = 1 if has_token else tokens
     blocks = recipe.depth * keys_and_values + ((recipe.depth - 1) * tokens + last) * token
     embedding = patches * recipe.patch_size**2 * channels * dim
-    # A product has two gradients, one for each factor; that of the pixels is not needed.
+    # A matrix product has two gradients, one per factor; the pixels need none.
     return 2 * (3 * blocks + 2 * embedding)
+
+
+def costs_of_epochs(recipe, image_shape):
+    """Floating point operations of each epoch of a run, for one training image.
+
+    Args:
+        recipe: a `Recipe`.
+        image_shape: tuple `(H, W, C)`, the shape of the images at full size.
+
+    Returns:
+        List of `recipe.epochs` ints.
+    """
+    costs, channels = [], image_shape[-1]
+    for stage in stages_of(recipe, image_shape):
+        cost = operations(recipe, (*stage.size, channels))
+        costs += [cost] * (stage.end - len(costs))
+    return costs

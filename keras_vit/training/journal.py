@@ -1,4 +1,4 @@
-"""What a run keeps of its training while it goes: its history, its best model, its checkpoints."""
+"""The callback that writes the history, the best model and the checkpoints of a run."""
 
 import concurrent.futures
 import contextlib
@@ -20,7 +20,7 @@ HISTORY, TIMING, BEST_MODEL = "history.csv", "timing.csv", "best.keras"
 
 
 class Interrupted(Exception):
-    """A signal ended the training between two steps; `status` is what a shell expects then."""
+    """A signal stopped training between two steps; `status` is the exit status for it."""
 
     def __init__(self, number, epoch, batch):
         super().__init__(
@@ -33,12 +33,12 @@ class Diverged(Exception):
     """The loss became NaN or infinite."""
 
 
-class OtherData(Exception):
-    """A run was begun with other training images or labels than it shall go on with."""
+class DifferentData(Exception):
+    """A checkpoint was made with different training images or labels."""
 
 
 def read_history(run_dir):
-    """What each epoch of a run measured: lists of floats by the columns of its `history.csv`."""
+    """The metrics of each epoch of a run: lists of floats by the columns of `history.csv`."""
     with open(run_dir / HISTORY, newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     measured = [name for name in rows[0] if name not in ("epoch", "precision")]
@@ -46,75 +46,81 @@ def read_history(run_dir):
 
 
 class Journal(keras.callbacks.Callback):
-    """Writes `history.csv`, `timing.csv`, `best.keras` and checkpoints of a run, and continues it.
+    """The callback that writes the history and the checkpoints of a run, and resumes it.
 
-    Checkpoints are made between two steps; with a GPU, they are written while training goes on.
+    It writes `history.csv`, `timing.csv`, `best.keras` and `checkpoints`. Checkpoints are taken
+    between two steps; with a GPU, they are written in the background.
 
     Args:
-        model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, it takes its
-            state.
-        batches: `Batches` that `fit` gets.
+        model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, the model is
+            restored from it.
+        batches: `Batches` that are passed to `fit`.
         run_dir: `Path` of the run's folder; None to write nothing.
-        save_every: int, least number of steps between checkpoints inside of an epoch; None for
-            none.
+        save_every: int, minimum number of steps between checkpoints within an epoch; None for
+            no checkpoints there.
         data: string, digest of the training images and labels.
-        epochs: int, length of the run.
+        costs: list of numbers, relative cost of each epoch of the run.
+        checkpoint: `Checkpoint` of the run to resume from; None to start.
 
     Raises:
-        OtherData: if the run has a checkpoint with another digest.
+        DifferentData: if the run has a checkpoint with a different digest.
 
     Attributes:
-        rows: list of dictionaries, what each complete epoch measured.
-        epoch: int, how many epochs are complete.
-        skipped: int, how many batches of the next one were learned by an earlier process.
+        rows: list of dictionaries, the metrics of each completed epoch.
+        epoch: int, number of completed epochs.
+        skipped: int, batches of the next epoch that an earlier process has trained on.
     """
 
-    def __init__(self, model, batches, run_dir=None, save_every=None, data="", epochs=1):
+    def __init__(
+        self, model, batches, run_dir=None, save_every=None, data="", costs=(1,), checkpoint=None
+    ):
         super().__init__()
-        self.data, self.epochs = data, epochs
+        self.data, self.costs = data, costs
         self._precision = model.get_layer("norm").compute_dtype
         self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
         self._total, self._signals = batches.num_batches, []
-        self._last = run_dir and checkpoints.newest(run_dir / checkpoints.FOLDER)
+        self._last = checkpoint
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._written = self._writer.submit(int)  # Nothing yet.
-        # A GPU would wait for the host at each look.
-        self._looks_at_each_step = not accelerators()
-        self._first_step = None  # How many steps of the run were done then, and the time.
-        self._told_time_left = False
+        # Reading the loss at every step would stall a GPU.
+        self._checks_each_step = not accelerators()
+        self._first_step = None  # Work done by the end of the first step, and the time then.
+        self._printed_time_left = False
         if self._last:
             if self._last.data != data:
-                raise OtherData(f"{run_dir} was begun with other training images or labels")
+                raise DifferentData(
+                    f"the checkpoint in {run_dir} was made with different training images or labels"
+                )
             self._last.assign(model)
             self.rows, self.epoch = self._last.rows, self._last.epoch
             self.skipped, self._spent = self._last.batch, self._last.seconds
             before = self._last.precision
             if before and before != self._precision:
                 print(f"Resuming in {self._precision}; the checkpoint was written in {before}.")
-                if self.skipped:  # The epoch will have seen both.
+                if self.skipped:  # The epoch is trained in both.
                     self._precision = f"{before}+{self._precision}"
             _write_tables(run_dir, self.rows)
 
     def start_epoch(self, epoch):
-        """To be called when an epoch, counted from zero, begins, before other callbacks."""
+        """Starts an epoch, counted from zero; must be called before the other callbacks."""
         if self._last and self.skipped:
-            self._last.assign(self.model)  # The running metrics were reset since.
+            self._last.assign(self.model)  # Keras has reset the running metrics.
         self.batches.start_epoch(epoch + 1, self.skipped)
         self._done = self.skipped
         self._start, self._end = time.perf_counter(), math.inf
 
     def on_train_batch_end(self, batch, logs):
-        # The number of the last of several steps at once may be beyond the end.
+        # With several steps per dispatch, the batch index may be beyond the end.
         before, self._done = self._done, min(self.skipped + batch + 1, self._total)
         if self._written.done():
-            self._written.result()  # Raises what kept a checkpoint from being written.
-        # Several steps may be done at once.
+            self._written.result()  # Raises the error of a failed write.
+        # There may be several steps per dispatch.
         due = self.save_every and self._done // self.save_every > before // self.save_every
         saves = (self._signals or due) and self._done < self._total
-        if saves or self._looks_at_each_step:
+        if saves or self._checks_each_step:
             self._check(logs)
-        self._tell_time_left()
+        self._print_time_left()
         if saves:
             self._save(self._done)
         if self._done >= self._total:
@@ -142,39 +148,39 @@ class Journal(keras.callbacks.Callback):
         self._stop_on_signal(0)
 
     @contextlib.contextmanager
-    def at_work(self):
-        """To be around `fit`: signals wait for the end of a step, the end for what is written.
+    def running(self):
+        """Context of `fit`: defers signals to the end of a step, and waits for pending writes.
 
-        Raises what went wrong while a checkpoint was written.
+        Raises the error of a checkpoint that could not be written.
         """
         try:
-            with self._watching_signals():
+            with self._deferred_signals():
                 yield
         finally:
             self._writer.shutdown()
             self._written.result()
 
     @contextlib.contextmanager
-    def _watching_signals(self):
-        """Lets SIGINT and SIGTERM wait for the end of a step; a second one does not wait for it.
+    def _deferred_signals(self):
+        """Defers SIGINT and SIGTERM to the end of a step; a second signal acts at once.
 
-        An exception in the middle of a step would leave JAX without weights: their memory was
-        given to the step.
+        An exception in the middle of a step would leave JAX without weights, because their
+        buffers are donated to the step.
         """
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        # Handlers that are not Python's could not be put back.
+        # Handlers that were not installed from Python cannot be restored.
         previous = {number: handler for number, handler in previous.items() if handler is not None}
 
-        def note(number, _):
+        def defer(number, _):
             self._signals.append(number)
             signal.signal(number, previous[number])
 
         if threading.current_thread() is not threading.main_thread():
-            yield  # Python handles signals in its main thread alone.
+            yield  # Python handles signals in its main thread only.
             return
         try:
             for number in previous:
-                signal.signal(number, note)
+                signal.signal(number, defer)
             yield
             self._stop_on_signal(0)
         finally:
@@ -185,17 +191,17 @@ class Journal(keras.callbacks.Callback):
         if not self.run_dir:
             return
         if keras.backend.backend() == "jax":
-            self.model.jax_state_sync()  # Between steps, the variables lie behind.
+            self.model.jax_state_sync()  # Between steps, the variables are out of date.
         seconds = self._spent + time.perf_counter() - self._start if batch else 0.0
-        place = self.epoch, batch, list(self.rows), seconds, self.data
+        progress = self.epoch, batch, list(self.rows), seconds, self.data
         self._written.result()  # One at a time.
         state = checkpoints.copy_of_state(self.model)
-        checkpoint = checkpoints.Checkpoint(*place, state, self._precision)
+        checkpoint = checkpoints.Checkpoint(*progress, state, self._precision)
         if accelerators():
             self._written = self._writer.submit(_write, self.run_dir, checkpoint)
         else:
-            # An epoch takes so long there that a tenth of a second is nothing, and copies that live
-            # beside the steps cost TensorFlow up to half its speed.
+            # On a CPU, a tenth of a second per epoch does not matter, while a background copy slows
+            # TensorFlow's steps down by up to half.
             _write(self.run_dir, checkpoint)
 
     def _stop_on_signal(self, batch):
@@ -212,19 +218,20 @@ class Journal(keras.callbacks.Callback):
                 "one"
             )
 
-    def _tell_time_left(self):
-        """Says once, after a minute or the first epoch, how long the rest will take."""
-        if self._told_time_left:
+    def _print_time_left(self):
+        """Prints the estimated time left once, after a minute or the first epoch."""
+        if self._printed_time_left:
             return
-        now, steps = time.perf_counter(), self.epoch * self._total + self._done
-        if self._first_step is None:  # It was compiled; the others tell how long a step takes.
-            self._first_step = steps, now
+        now = time.perf_counter()
+        done = sum(self.costs[: self.epoch]) + self.costs[self.epoch] * self._done / self._total
+        if self._first_step is None:  # It includes compilation; the later ones are timed.
+            self._first_step = done, now
             return
         first, start = self._first_step
-        if now - start < 60 and self._done < self._total or steps == first:
+        if now - start < 60 and self._done < self._total or done == first:
             return
-        self._told_time_left = True
-        left = (self.epochs * self._total - steps) * (now - start) / (steps - first)
+        self._printed_time_left = True
+        left = (sum(self.costs) - done) * (now - start) / (done - first)
         if left > 60:
             print(f"\nAbout {duration(left)} of training left.", flush=True)
 
@@ -232,13 +239,13 @@ class Journal(keras.callbacks.Callback):
         return float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
 
     def _stop_clock(self):
-        # A GPU may be steps behind the host: what the last step counted is there once it is done.
+        # A GPU may lag behind the host: reading the step counter waits for the last step.
         ops.convert_to_numpy(self.model.optimizer.iterations)
         self._end = min(self._end, time.perf_counter())
 
 
 def duration(seconds):
-    """A span of time in words, such as "3 minutes" or "2.5 hours"."""
+    """A duration in words, such as "3 minutes" or "2.5 hours"."""
     minutes = max(1, round(seconds / 60))
     if minutes >= 90:
         return f"{minutes / 60:.1f} hours"
@@ -252,7 +259,7 @@ def _write(run_dir, checkpoint):
 
 
 def _write_tables(run_dir, rows):
-    """Times stand apart: everything in `history.csv` is the same however a run came about."""
+    """Writes `history.csv`, which is the same for every repetition of a run, and `timing.csv`."""
     if not rows:
         return
     measured = [key for key in rows[0] if key != "seconds"]

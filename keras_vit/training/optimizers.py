@@ -1,4 +1,4 @@
-"""Muon for every weight matrix of a Vision Transformer, those of its attention included."""
+"""Muon for every weight matrix of a Vision Transformer, including those of attention."""
 
 import math
 
@@ -13,31 +13,32 @@ class Muon(keras.optimizers.Muon):
     Muon (Jordan et al., 2024; scaled as by Liu et al., 2025, arXiv:2502.16982)
     replaces the momentum of a matrix by approximately the nearest orthogonal
     matrix, times `0.2 * sqrt(larger side)`, so that it takes AdamW's learning
-    rates. Keras's own class leaves everything that does not have two
-    dimensions to AdamW, `MultiHeadAttention`'s projections among it.
+    rates. Keras's own class leaves every variable that is not 2D to
+    AdamW, including the projections of `MultiHeadAttention`.
 
     Here every variable named `kernel` with two or three dimensions is a
     matrix: `(D, A, D / A)` of queries, keys and values as `(D, D)`,
-    `(A, D / A, D)` of attention's output likewise. Layers of `exclude_layers`,
-    kernels of convolutions, biases, normalization, class token and positions
-    are left to AdamW. Matrices of one shape share one batched iteration, in
+    `(A, D / A, D)` of attention's output likewise. Layers in `exclude_layers`,
+    kernels of convolutions, biases, normalization, class token and position
+    embedding are left to AdamW. Matrices of one shape share one batched iteration, in
     `iteration_dtype`.
 
     Args:
         learning_rate: float or `LearningRateSchedule`.
-        weight_decay: float, decoupled weight decay of every variable that
-            `exclude_from_weight_decay` does not name, AdamW's included.
+        weight_decay: float, decoupled weight decay of all variables, including
+            those left to AdamW, except the ones passed to
+            `exclude_from_weight_decay`.
         exclude_layers: list of strings, names of the layers whose kernels are
             left to AdamW.
         iteration_dtype: `"float32"` or `"bfloat16"`, dtype of the
-            Newton-Schulz iteration; the latter saves time where the device
-            computes in it.
-        **kwargs: arguments of `keras.optimizers.Muon`, but for
-            `exclude_embeddings`, which does nothing here.
+            Newton-Schulz iteration; the latter is faster on devices that
+            support it.
+        **kwargs: arguments of `keras.optimizers.Muon`, except
+            `exclude_embeddings`, which has no effect here.
 
     Raises:
-        ValueError: if an argument lies outside the values above, or if
-            TensorFlow distributes the model over several replicas.
+        ValueError: if an argument is invalid, or if TensorFlow distributes the
+            model over several replicas.
 
     Example:
 
@@ -76,11 +77,12 @@ class Muon(keras.optimizers.Muon):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            replicas = tf.distribute.get_strategy().num_replicas_in_sync
+            if replicas > 1:
                 raise ValueError(
-                    "Expected one replica: `keras_vit.Muon` does not sum gradients over those of "
-                    "`tf.distribute`. Use `keras.optimizers.Muon` there, or JAX with "
-                    "`keras.distribution`."
+                    "Expected one replica: `keras_vit.Muon` does not sum gradients over the "
+                    "replicas of `tf.distribute`. Use `keras.optimizers.Muon`, or JAX with "
+                    f"`keras.distribution`. Received: num_replicas_in_sync={replicas}"
                 )
         super().build(var_list)
 
@@ -102,7 +104,7 @@ class Muon(keras.optimizers.Muon):
             self._update_matrices(shape, pairs, learning_rate)
 
     def _update_matrices(self, shape, pairs, learning_rate):
-        """One step of all matrices of one shape."""
+        """Updates all matrices of one shape."""
         averages = []
         for grad, variable in pairs:
             momentum = self.momentums[self._get_variable_index(variable)]

@@ -1,34 +1,34 @@
-"""How the learning rate falls."""
+"""Learning rate schedules."""
 
 import keras
 
 
 def step_schedule(learning_rate, epochs, milestones):
-    """A learning rate that falls to a tenth at each milestone.
+    """A learning rate that drops by a factor of 10 at each milestone.
 
     Args:
-        learning_rate: float, the rate at the start.
-        epochs: int, length of the run.
-        milestones: floats in (0, 1), fractions of the run. None falls before the second epoch.
+        learning_rate: float, initial learning rate.
+        epochs: int, total number of epochs.
+        milestones: floats in (0, 1), fractions of the run. The rate never drops in the first epoch.
 
     Returns:
         A function of the epoch, counted from zero, for `LearningRateScheduler`, and the list of
-        epochs at which the rate falls.
+        epochs at which the rate drops.
     """
-    falls = [max(1, round(share * epochs)) for share in milestones]
+    drops = [max(1, round(milestone * epochs)) for milestone in milestones]
 
     def schedule(epoch, _=None):
-        return learning_rate * 0.1 ** sum(epoch >= fall for fall in falls)
+        return learning_rate * 0.1 ** sum(epoch >= drop for drop in drops)
 
-    return schedule, falls
+    return schedule, drops
 
 
 def learning_rate(recipe, steps_per_epoch):
-    """The optimizer's learning rate: a number that a callback lowers, or a cosine of the steps.
+    """The optimizer's learning rate: a float that a callback updates, or a cosine schedule.
 
     Args:
         recipe: a `Recipe`.
-        steps_per_epoch: int, batches of an epoch.
+        steps_per_epoch: int, number of batches in an epoch.
 
     Returns:
         Float, or a Keras `LearningRateSchedule`.

@@ -69,8 +69,8 @@ def test_predictions_come_as_lines_and_as_a_table(place, model, capsys):
     path = place / "images" / "accuracy" / "3.png"
     assert run("predict", place / "run" / "model.keras", path) == 0
     line = capsys.readouterr().out
-    best, share = max(expected(model, path).items(), key=lambda pair: pair[1])
-    assert line.startswith(f"{path}: {best} {share:.1%}, ")
+    best, probability = max(expected(model, path).items(), key=lambda pair: pair[1])
+    assert line.startswith(f"{path}: {best} {probability:.1%}, ")
     folder = place / "images" / "accuracy"
     assert run("predict", place / "run" / "model.keras", folder, "--csv") == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
@@ -147,7 +147,7 @@ def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["left_out"] == {
         "that the model was trained or validated on": len(trained),
-        "of classes that the model does not know (dog)": 1,
+        "of classes that the model was not trained on (dog)": 1,
     }
     count = len(tested) - 1 + 10
     assert sum(row["images"] for row in metrics["per_class"].values()) == count
@@ -189,9 +189,10 @@ def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
     assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
     captured = capsys.readouterr()
     assert "gone.png cannot be read" in captured.err
-    best, share = max(expected(model, images[0]).items(), key=lambda pair: pair[1])
+    best, probability = max(expected(model, images[0]).items(), key=lambda pair: pair[1])
     assert (
-        f"{images[0]}: {best} {share:.0%}, {tmp_path / 'out' / '3-attention.png'}" in captured.out
+        f"{images[0]}: {best} {probability:.0%}, {tmp_path / 'out' / '3-attention.png'}"
+        in captured.out
     )
     assert "3.png: accuracy" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
 
@@ -300,7 +301,7 @@ WRONG = {
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
     "train --dataset {images} --image-size 15": "patch_size=4, height=15, width=15",
     "train --dataset {empty}": "has no images in sub-folders",
-    "train --dataset digits --image-size 16": "is for folders of images",
+    "train --dataset digits --image-size 16": "is only for folders of images",
 }
 
 

@@ -179,7 +179,7 @@ def test_an_image_size_is_for_folders(capsys, tmp_path):
     assert main.train(["--image-size=48"]) == 2
     assert (
         capsys.readouterr().err
-        == "error: an image size is for folders of images, and cifar10 is none\n"
+        == "error: an image size is only for folders of images, and cifar10 is not one\n"
     )
 
 
@@ -416,13 +416,13 @@ def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, t
     with monkeypatch.context() as patch:
         patch.setattr(figures, "draw_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))
         assert train("--dataset=digits", folder=tmp_path) == 1
-    numbers = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert train("--dataset=digits", folder=tmp_path) == 0
     assert "Resuming the run" in capsys.readouterr().out
     again = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert again["wall_seconds"] > again["training_seconds"] == numbers["training_seconds"]
+    assert again["wall_seconds"] > again["training_seconds"] == metrics["training_seconds"]
     assert [again[key] for key in ("accuracy", "loss")] == [
-        numbers[key] for key in ("accuracy", "loss")
+        metrics[key] for key in ("accuracy", "loss")
     ]
     assert len(list((tmp_path / "figures").glob("*.png"))) == 7
     assert train("--dataset=digits", folder=tmp_path) == 2

@@ -26,7 +26,7 @@ def digits():
 
 
 def numbered(count=100, classes=4):
-    """A data set whose images carry their index, so that an order can be read off."""
+    """A data set whose pixels are the index of the image, so that the order can be read."""
     indices = np.arange(count)
     images = np.broadcast_to(indices[:, None, None, None], (count, 4, 4, 3)).astype("uint8")
     names = [f"class {number}" for number in range(classes)]
@@ -37,7 +37,7 @@ def read_order(batches):
     return np.concatenate([batches[i][0][:, 0, 0, 0] for i in range(batches.num_batches)])
 
 
-def test_digits_come_as_rgb_images_of_32_pixels(digits):
+def test_digits_are_rgb_images_of_32x32_pixels(digits):
     assert digits.train_images.shape == (1438, 32, 32, 3)
     assert digits.test_images.shape == (359, 32, 32, 3)
     assert digits.train_images.dtype == digits.test_images.dtype == np.uint8
@@ -57,9 +57,9 @@ def test_digits_are_the_scans_of_scikit_learn(digits):
     assert distances.min(axis=1).max() < 30**2
 
 
-def test_digits_are_split_class_by_class(digits):
-    shares = np.bincount(digits.test_labels) / np.bincount(load_digits().target)
-    assert np.allclose(shares, 0.2, atol=0.01)
+def test_the_split_of_digits_is_stratified(digits):
+    fractions = np.bincount(digits.test_labels) / np.bincount(load_digits().target)
+    assert np.allclose(fractions, 0.2, atol=0.01)
 
 
 def test_an_unknown_data_set_is_named_in_the_error():
@@ -68,7 +68,7 @@ def test_an_unknown_data_set_is_named_in_the_error():
 
 
 def prepare(folder, name, splits, shape=(None, None, 3)):
-    """Prepares a set for TensorFlow Datasets.
+    """Prepares a data set for TensorFlow Datasets.
 
     `splits` gives each split's labels; images are dark for even labels, and light for odd ones.
     """
@@ -101,7 +101,7 @@ def prepare(folder, name, splits, shape=(None, None, 3)):
     builder(data_dir=folder).download_and_prepare()
 
 
-def test_sets_of_mixed_sizes_are_resized_and_split(tmp_path):
+def test_images_of_different_sizes_are_resized_and_split(tmp_path):
     prepare(tmp_path, "KerasVitMixed", {"train": [0, 1] * 10})
     dataset = load_dataset("keras_vit_mixed", tmp_path)
     assert dataset.train_images.shape == (16, RESIZED_SIDE, RESIZED_SIDE, 3)
@@ -111,7 +111,7 @@ def test_sets_of_mixed_sizes_are_resized_and_split(tmp_path):
     assert np.bincount(dataset.test_labels).tolist() == [2, 2]
 
 
-def test_small_images_keep_their_size_and_large_ones_do_not(tmp_path):
+def test_small_images_keep_their_size_and_large_ones_are_resized(tmp_path):
     for side, expected in ((20, 20), (130, RESIZED_SIDE)):
         name = f"KerasVitSide{side}"
         prepare(tmp_path, name, {"train": [0, 1], "test": [0, 1]}, (side, side, 3))
@@ -120,7 +120,7 @@ def test_small_images_keep_their_size_and_large_ones_do_not(tmp_path):
         assert dataset.test_images.shape == (2, expected, expected, 3)
 
 
-def test_where_test_labels_are_secret_the_validation_split_is_tested_on(tmp_path):
+def test_without_public_test_labels_the_validation_split_becomes_the_test_set(tmp_path):
     splits = {"train": [0, 1, 0, 1], "test": [-1, -1], "validation": [1, 1, 0]}
     prepare(tmp_path, "KerasVitSecret", splits)
     dataset = load_dataset("keras_vit_secret", tmp_path)
@@ -128,25 +128,25 @@ def test_where_test_labels_are_secret_the_validation_split_is_tested_on(tmp_path
     assert sorted(dataset.train_labels) == [0, 0, 1, 1]
 
 
-def test_a_set_without_training_images_is_refused(tmp_path):
+def test_a_data_set_without_a_training_split_is_refused(tmp_path):
     prepare(tmp_path, "KerasVitTestOnly", {"test": [0, 1]})
     with pytest.raises(DatasetError, match="keras_vit_test_only has no labelled split named"):
         load_dataset("keras_vit_test_only", tmp_path)
 
 
-def test_a_set_too_small_to_split_is_refused(tmp_path):
+def test_a_data_set_too_small_to_split_is_refused(tmp_path):
     prepare(tmp_path, "KerasVitTwo", {"train": [0, 1]})
     with pytest.raises(DatasetError, match="keras_vit_two has too few images"):
         load_dataset("keras_vit_two", tmp_path)
 
 
-def test_a_set_is_missing_where_the_package_that_reads_it_is(monkeypatch):
+def test_a_missing_tensorflow_datasets_package_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DatasetError, match="pip install tensorflow-datasets"):
+    with pytest.raises(DatasetError, match="pip install tensorflow tensorflow-datasets"):
         load_dataset("cifar10")
 
 
-def test_prepared_files_need_no_network_and_no_server(monkeypatch, tmp_path):
+def test_a_prepared_data_set_needs_no_network(monkeypatch, tmp_path):
     prepare(tmp_path, "KerasVitPrepared", {"train": [0, 1], "test": [0]}, (20, 20, 3))
     tfds = pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
@@ -154,7 +154,7 @@ def test_prepared_files_need_no_network_and_no_server(monkeypatch, tmp_path):
     assert len(load_dataset("keras_vit_prepared", tmp_path).train_images) == 2
 
 
-def test_damaged_prepared_files_are_named(tmp_path):
+def test_a_damaged_prepared_data_set_is_named_in_the_error(tmp_path):
     prepare(tmp_path, "KerasVitDamaged", {"train": [0, 1] * 10, "test": [0]}, (20, 20, 3))
     (path,) = tmp_path.rglob("*train.tfrecord*")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -164,18 +164,18 @@ def test_damaged_prepared_files_are_named(tmp_path):
 
 @pytest.fixture
 def unreachable(monkeypatch):
-    """A server of a set's files that does not answer; a list of what it was asked."""
-    requests, asked = pytest.importorskip("requests"), []
+    """An unreachable download server; the list of requests to it."""
+    requests, sent = pytest.importorskip("requests"), []
 
     def send(self, request, **_):
-        asked.append((request.method, request.url))
+        sent.append((request.method, request.url))
         raise requests.exceptions.ConnectionError("no route to host")
 
     monkeypatch.setattr(requests.Session, "send", send)
-    return asked
+    return sent
 
 
-def test_without_a_network_a_set_says_how_to_supply_it_at_once(unreachable, tmp_path):
+def test_without_a_network_the_error_says_how_to_provide_the_data_set(unreachable, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     with pytest.raises(DatasetUnavailable, match=r"cifar10 is not in .*no route.*--data-dir"):
         load_dataset("cifar10", tmp_path)
@@ -183,7 +183,7 @@ def test_without_a_network_a_set_says_how_to_supply_it_at_once(unreachable, tmp_
     assert method == "HEAD" and url.endswith("cifar-10-binary.tar.gz")
 
 
-def test_what_was_downloaded_before_needs_no_network(monkeypatch, unreachable, tmp_path):
+def test_downloaded_archives_need_no_network(monkeypatch, unreachable, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     (tmp_path / "downloads" / "cifar10").mkdir(parents=True)
     (tmp_path / "downloads" / "cifar10" / "cifar.tar.gz.INFO").touch()
@@ -205,7 +205,7 @@ def test_what_was_downloaded_before_needs_no_network(monkeypatch, unreachable, t
         (ImportError("no module named 'scipy'"), DatasetError),
     ],
 )
-def test_only_network_and_disk_make_a_set_unavailable(error, kind, monkeypatch, tmp_path):
+def test_only_network_and_disk_errors_mean_unavailable(error, kind, monkeypatch, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def fail(*_, **__):
@@ -218,7 +218,7 @@ def test_only_network_and_disk_make_a_set_unavailable(error, kind, monkeypatch, 
     assert type(raised.value) is kind
 
 
-def test_a_set_without_labelled_images_is_refused_before_any_download(monkeypatch, tmp_path):
+def test_a_data_set_without_labelled_images_is_refused_before_any_download(monkeypatch, tmp_path):
     tfds = pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", pytest.fail)
     with pytest.raises(DatasetError, match="not an image classification set"):
@@ -245,7 +245,7 @@ def test_an_epoch_shows_every_image_once():
     assert np.array_equal(images[:, 0, 0, 0] % 4, labels)
 
 
-def test_the_order_of_images_depends_on_seed_and_epoch_alone():
+def test_the_order_of_images_depends_only_on_seed_and_epoch():
     dataset = numbered()
     arrays = dataset.train_images, dataset.train_labels
 
@@ -262,7 +262,7 @@ def test_the_order_of_images_depends_on_seed_and_epoch_alone():
     assert not np.array_equal(third, order(2, [3]))
 
 
-def test_held_out_images_leave_the_training_set():
+def test_held_out_images_are_removed_from_the_training_set():
     dataset = numbered()
     kept, (images, labels) = dataset.hold_out(20, seed=0)
     held, left = set(images[:, 0, 0, 0]), set(kept.train_images[:, 0, 0, 0])
@@ -274,17 +274,17 @@ def test_held_out_images_leave_the_training_set():
     assert np.array_equal(images, again) and not np.array_equal(images, other)
 
 
-def test_a_limited_training_set_keeps_the_shares_of_the_classes():
+def test_a_limited_training_set_is_stratified():
     limited = numbered().limit_train(40, seed=0)
     assert np.bincount(limited.train_labels).tolist() == [10] * 4
     dataset = numbered()
     for count in (100, 1000):
-        all_of_it = dataset.limit_train(count, seed=0)
-        np.testing.assert_array_equal(all_of_it.train_images, dataset.train_images)
+        full = dataset.limit_train(count, seed=0)
+        np.testing.assert_array_equal(full.train_images, dataset.train_images)
 
 
 @pytest.mark.parametrize("count", [1, 3, 97])
-def test_a_split_needs_every_class_on_either_side(count):
+def test_a_split_needs_at_least_as_many_images_as_classes_on_either_side(count):
     with pytest.raises(ValueError, match=rf"images of 4 .*Received: limit_train={count}"):
         numbered().limit_train(count, seed=0)
     with pytest.raises(ValueError, match=rf"images of 4 .*Received: validation={count}"):
@@ -297,13 +297,13 @@ def test_no_more_images_can_be_held_out_than_there_are():
 
 
 def arrays(**changes):
-    """What an `.npz` file of small images holds."""
+    """The arrays of an `.npz` file of small images."""
     images, labels = np.arange(6 * 48, dtype="uint8").reshape(6, 4, 4, 3), np.arange(6) % 3
-    whole = {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3]}
-    return {name: array for name, array in {**whole, **changes}.items() if array is not None}
+    content = {"x_train": images, "y_train": labels, "x_test": images[:3], "y_test": labels[:3]}
+    return {name: array for name, array in {**content, **changes}.items() if array is not None}
 
 
-def test_a_file_in_keras_s_layout_is_read_as_it_is(tmp_path):
+def test_an_npz_file_with_keras_s_array_names_is_read_unchanged(tmp_path):
     names = np.array(["żaba", "kot", "pies"])
     np.savez(tmp_path / "animals.npz", **arrays(class_names=names))
     data = load_dataset(str(tmp_path / "animals.npz"))
@@ -314,7 +314,7 @@ def test_a_file_in_keras_s_layout_is_read_as_it_is(tmp_path):
     assert data.horizontal_flip
 
 
-def test_grey_images_and_labels_in_a_column_are_what_keras_s_own_files_hold(tmp_path):
+def test_grayscale_images_and_labels_in_a_column_are_read_as_in_keras_s_own_files(tmp_path):
     images, labels = np.zeros((4, 28, 28), "uint8"), np.array([[0], [1], [0], [1]], "uint8")
     content = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
     np.savez_compressed(tmp_path / "mnist.npz", **content)
@@ -337,27 +337,27 @@ class Unpickled:
         ({"x_train": arrays()["x_train"].astype("float32")}, "float32"),
         ({"x_train": np.zeros((6, 48), "uint8")}, r"\(6, 48\)"),
         ({"x_test": np.zeros((3, 5, 4, 3), "uint8")}, "different shapes"),
-        ({"y_train": np.arange(5)}, "whole number"),
-        ({"y_train": np.full(6, -1)}, "whole number"),
+        ({"y_train": np.arange(5)}, "one non-negative integer"),
+        ({"y_train": np.full(6, -1)}, "one non-negative integer"),
         ({"y_train": np.zeros(6)}, "float64"),
-        ({"y_train": np.array(3)}, "whole number"),
-        ({"y_train": np.zeros(6, int)}, "two or more"),
+        ({"y_train": np.array(3)}, "one non-negative integer"),
+        ({"y_train": np.zeros(6, int)}, "at least two classes"),
         ({"y_test": np.array([0, 1, 7])}, "up to 7"),
-        ({"class_names": np.array(["one", "two"])}, "2 classes"),
-        ({"class_names": np.array(["one", "two", "one"])}, "a class name twice"),
+        ({"class_names": np.array(["one", "two"])}, "labels below 2"),
+        ({"class_names": np.array(["one", "two", "one"])}, "duplicate class names"),
         ({"y_train": np.array(["cat"] * 6)}, "<U3"),
         ({"x_train": np.zeros((0, 4, 4, 3), "uint8")}, r"\(0, 4, 4, 3\)"),
-        ({"x_train": np.array([Unpickled()] * 6)}, "does not hold .*Object arrays cannot be"),
+        ({"x_train": np.array([Unpickled()] * 6)}, "does not contain .*Object arrays cannot be"),
     ],
 )
-def test_a_file_with_other_arrays_is_refused(changes, message, tmp_path):
+def test_an_npz_file_with_invalid_arrays_is_refused(changes, message, tmp_path):
     np.savez(tmp_path / "data.npz", **arrays(**changes))
     with pytest.raises(DatasetError, match=message):
         load_dataset(str(tmp_path / "data.npz"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no archive", b"PK\x03\x04broken", "an array"])
-def test_what_is_no_archive_is_refused(content, tmp_path):
+def test_a_file_that_is_not_an_npz_archive_is_refused(content, tmp_path):
     path = tmp_path / "data.npz"
     if content == "an array":
         np.save(path.with_suffix(".npy"), np.zeros(3))
@@ -370,7 +370,7 @@ def test_what_is_no_archive_is_refused(content, tmp_path):
 
 @on_jax
 @pytest.mark.parametrize("limit", [0, 2**20], ids=["on the host", "on the device"])
-def test_batches_cut_on_the_device_are_those_of_the_host(limit, monkeypatch):
+def test_batches_gathered_on_the_device_equal_those_of_the_host(limit, monkeypatch):
     monkeypatch.setattr("keras_vit.data.batches.RESIDENT_BYTES", limit)
     data = numbered()
     pair = [

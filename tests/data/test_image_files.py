@@ -1,4 +1,4 @@
-"""Images of every kind as pixels, and folders of them as data sets."""
+"""Reading image files of all formats, and folders of images as data sets."""
 
 import hashlib
 import io
@@ -34,17 +34,17 @@ def saved(path, image, **settings):
     return path
 
 
-# One image
+# Single images
 
 
-def test_an_image_is_read_as_it_is(tmp_path):
+def test_an_image_is_read_unchanged(tmp_path):
     path = saved(tmp_path / "image.png", picture())
     np.testing.assert_array_equal(read_image(path), picture())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation):
-    """Orientation n as the EXIF standard draws it, undone by NumPy."""
+def test_the_exif_orientation_is_applied(tmp_path, orientation):
+    """The orientations of the EXIF standard, inverted in NumPy."""
     shown = picture()
     undo = {
         1: lambda x: x,
@@ -68,7 +68,7 @@ def grey_of_16_bits():
     return np.array([[0, 257, 128 * 257], [255 * 257, 100, 65535]], "uint16")
 
 
-def test_other_kinds_of_pixels_become_rgb(tmp_path):
+def test_all_pixel_formats_become_rgb(tmp_path):
     deep = read_image(saved(tmp_path / "deep.png", grey_of_16_bits()))
     np.testing.assert_array_equal(deep[..., 0], [[0, 1, 128], [255, 0, 255]])
     deep = read_image(saved(tmp_path / "deep.tiff", grey_of_16_bits()))
@@ -91,7 +91,7 @@ def test_other_kinds_of_pixels_become_rgb(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "ink.tiff"), np.asarray(ink.convert("RGB")))
 
 
-def test_what_shows_through_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     pixels = np.dstack([picture(), np.full((6, 8), 255, "uint8")])
     pixels[2:4, :, 3] = 0
     pixels[5, :, 3] = 51
@@ -105,14 +105,14 @@ def test_what_shows_through_is_white(tmp_path):
     assert found.tolist() == [[[255, 255, 255], [40, 50, 60]]]
 
 
-def test_of_an_animation_the_first_frame_is_taken(tmp_path):
+def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.fromarray(np.full((4, 4, 3), value, "uint8")) for value in (0, 128, 255)]
     path = tmp_path / "film.gif"
     frames[0].save(path, save_all=True, append_images=frames[1:])
     assert not read_image(path).any()
 
 
-def test_a_size_and_grey_are_given_when_asked_for(tmp_path):
+def test_images_are_resized_and_converted_to_grayscale_on_request(tmp_path):
     path = saved(tmp_path / "image.png", picture(height=40, width=60))
     small = read_image(path, (10, 12))
     expected = Image.fromarray(picture(height=40, width=60)).resize((12, 10), Image.BILINEAR)
@@ -130,22 +130,22 @@ def test_a_size_and_grey_are_given_when_asked_for(tmp_path):
     [b"", b"no image", b"\x89PNG\r\n\x1a\n" + b"\0" * 50],
     ids=["empty", "text", "no PNG"],
 )
-def test_what_is_no_image_is_refused(tmp_path, content):
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, content):
     path = tmp_path / "image.png"
     path.write_bytes(content)
     with pytest.raises(ImageError):
         read_image(path)
 
 
-def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
+def test_damaged_files_are_read_or_raise_an_image_error(tmp_path):
     for suffix in ("png", "jpg", "gif", "bmp", "tiff", "webp"):
-        whole = saved(tmp_path / f"whole.{suffix}", picture(height=40, width=40)).read_bytes()
+        intact = saved(tmp_path / f"intact.{suffix}", picture(height=40, width=40)).read_bytes()
         random = np.random.default_rng(0)
         for _ in range(30):
-            damaged = bytearray(whole)
-            for place in random.integers(0, len(whole), 3):
-                damaged[place] ^= 1 << random.integers(8)
-            cut = bytes(damaged[: random.integers(len(whole) // 2, len(whole))])
+            damaged = bytearray(intact)
+            for position in random.integers(0, len(intact), 3):
+                damaged[position] ^= 1 << random.integers(8)
+            cut = bytes(damaged[: random.integers(len(intact) // 2, len(intact))])
             for content in (bytes(damaged), cut):
                 try:
                     assert read_image(io.BytesIO(content), (8, 8)).shape == (8, 8, 3)
@@ -153,21 +153,21 @@ def test_damaged_files_are_refused_or_read_but_nothing_else(tmp_path):
                     assert str(error)
 
 
-def test_no_file_starts_ghostscript(tmp_path):
+def test_eps_files_are_refused_and_never_run_ghostscript(tmp_path):
     path = saved(tmp_path / "image.eps", picture()).rename(tmp_path / "image.jpg")
     assert path.read_bytes().startswith(b"%!PS")
     with pytest.raises(ImageError, match="cannot identify"):
         read_image(path)
 
 
-def test_an_image_that_would_fill_memory_is_refused_before_it_does(tmp_path):
+def test_an_image_with_too_many_pixels_is_refused_before_decoding(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
     assert path.stat().st_size < 100_000
-    with pytest.raises(TooLarge, match="would unpack to over 89,478,485 pixels"):
+    with pytest.raises(TooLarge, match="has more than 89,478,485 pixels"):
         read_image(path)
 
 
-# A folder of them
+# Folders of images
 
 
 def fill(folder, classes, count, size=(8, 8), suffix="png"):
@@ -178,7 +178,7 @@ def fill(folder, classes, count, size=(8, 8), suffix="png"):
 
 
 PETS = ["zebra", "Żółw", "猫"]
-# Whatever this package becomes, a folder's test set stays what it was.
+# The test set of a folder must not change between versions of this package.
 TESTED = [
     *("zebra/0.png", "zebra/2.png", "zebra/7.png"),
     *("Żółw/0.png", "Żółw/3.png", "Żółw/4.png"),
@@ -186,9 +186,7 @@ TESTED = [
 ]
 
 
-def test_sub_folders_name_the_classes_and_the_names_of_files_decide_what_is_tested_on(
-    tmp_path, capsys
-):
+def test_sub_folders_are_the_classes_and_file_paths_decide_the_split(tmp_path, capsys):
     folder = fill(tmp_path / "pets", PETS, 10)
     (folder / ".hidden").mkdir()
     dataset = load_dataset(str(folder))
@@ -211,12 +209,12 @@ def test_sub_folders_name_the_classes_and_the_names_of_files_decide_what_is_test
 
 
 def splits(folder):
-    """What each file of a folder is for, by its path."""
+    """The split of each file of a folder, by its path."""
     files, _ = folders.list_folder(folder)
     return {file.path: file.split for file in files}
 
 
-def test_other_files_and_the_place_of_a_folder_change_nothing_about_a_file(tmp_path):
+def test_the_split_of_a_file_does_not_depend_on_other_files_or_the_location(tmp_path):
     folder = fill(tmp_path / "set", ["a", "b"], 40, size=(2, 2))
     before = splits(folder)
     assert 8 <= list(before.values()).count("test") <= 24  # A fifth, give or take two sigmas.
@@ -234,7 +232,7 @@ def test_other_files_and_the_place_of_a_folder_change_nothing_about_a_file(tmp_p
     assert splits(tmp_path / "top") == {f"train/{path}": split for path, split in after.items()}
 
 
-def test_only_a_class_too_small_for_both_sides_moves_a_file_and_says_so(tmp_path, capsys):
+def test_a_file_is_moved_with_a_warning_only_if_its_class_is_too_small_to_split(tmp_path, capsys):
     folder = fill(tmp_path / "set", ["a"], 40, size=(2, 2))
     own = splits(folder)
     trained = [path for path, split in own.items() if split == "train"][:3]
@@ -244,10 +242,10 @@ def test_only_a_class_too_small_for_both_sides_moves_a_file_and_says_so(tmp_path
             (folder / path).unlink()
     fill(folder, ["b"], 40)
 
-    def moved(*gone):
-        """What becomes of the class where some of its files are gone."""
-        contents = {path: (folder / path).read_bytes() for path in gone}
-        for path in gone:
+    def moved(*removed):
+        """The files whose split changes, and the warnings, if some files are removed."""
+        contents = {path: (folder / path).read_bytes() for path in removed}
+        for path in removed:
             (folder / path).unlink()
         load_dataset(str(folder))
         found = {path: split for path, split in splits(folder).items() if path.startswith("a/")}
@@ -257,17 +255,17 @@ def test_only_a_class_too_small_for_both_sides_moves_a_file_and_says_so(tmp_path
         return changed, capsys.readouterr().err
 
     assert moved() == ([], "")
-    for gone, side in ((tested, "test"), (trained, "training")):
-        (path,), said = moved(*gone)
-        assert said == (
-            "WARNING: class 'a' has too few images to lie on both sides: "
-            f"{path} was moved to the {side} images\n"
+    for removed, split in ((tested, "test"), (trained, "training")):
+        (path,), warnings = moved(*removed)
+        assert warnings == (
+            "WARNING: class 'a' has too few images for both splits: "
+            f"{path} was moved to the {split} images\n"
         )
-    changed, said = moved(*trained, *tested[1:])
-    assert changed == tested[:1] and said.endswith("WARNING: no test image of class 'a'\n")
+    changed, warnings = moved(*trained, *tested[1:])
+    assert changed == tested[:1] and warnings.endswith("WARNING: no test image of class 'a'\n")
 
 
-def test_copies_of_test_images_are_not_trained_on(tmp_path, capsys):
+def test_copies_of_test_images_are_removed_from_the_training_set(tmp_path, capsys):
     folder = fill(tmp_path / "set", ["a", "b"], 10)
     before = load_dataset(str(folder))
     paths = {split: [x for x, y in splits(folder).items() if y == split] for split in SPLITS}
@@ -276,10 +274,10 @@ def test_copies_of_test_images_are_not_trained_on(tmp_path, capsys):
     after = load_dataset(str(folder))
     np.testing.assert_array_equal(after.test_images, before.test_images)
     np.testing.assert_array_equal(after.train_images, before.train_images[1:])
-    assert "left out 1 images that are copies of others" in capsys.readouterr().err
+    assert "left out 1 images that are copies of test" in capsys.readouterr().err
 
 
-def test_images_to_validate_on_may_lie_beside_those_to_train_and_test_on(tmp_path):
+def test_a_folder_can_have_a_validation_set(tmp_path):
     for count, name in ((3, "train"), (2, "val"), (1, "test")):
         fill(tmp_path / "set" / name, ["b"], 1, size=(count, 8))
         fill(tmp_path / "set" / name, ["a", "b"], count, size=(8, count))
@@ -297,7 +295,7 @@ def test_images_to_validate_on_may_lie_beside_those_to_train_and_test_on(tmp_pat
         dataset.hold_out(2, seed=0)
 
 
-def test_a_data_set_knows_which_files_it_shows_to_a_model(tmp_path):
+def test_a_data_set_lists_the_training_and_validation_files_as_seen(tmp_path):
     folder = fill(tmp_path / "set", ["a", "b"], 20)
     dataset = load_dataset(str(folder))
     contents = {
@@ -320,7 +318,7 @@ def test_a_data_set_knows_which_files_it_shows_to_a_model(tmp_path):
     np.testing.assert_array_equal(fewer.without(first).test_images, fewer.test_images[1:])
 
 
-def test_other_training_images_are_another_data_set_and_other_test_images_are_not(tmp_path):
+def test_the_digest_depends_on_the_training_images_only(tmp_path):
     folder = fill(tmp_path / "set", ["a", "b"], 10)
 
     def digest():
@@ -338,7 +336,7 @@ def test_other_training_images_are_another_data_set_and_other_test_images_are_no
 
 
 @pytest.mark.parametrize("test", ["test", "val"])
-def test_a_folder_may_be_split_already(tmp_path, test):
+def test_a_folder_can_be_split_already(tmp_path, test):
     fill(tmp_path / "set" / "train", ["a", "b"], 3)
     fill(tmp_path / "set" / test, ["a", "b"], 2, size=(9, 8))
     dataset = load_dataset(str(tmp_path / "set"), image_size=16)
@@ -346,7 +344,7 @@ def test_a_folder_may_be_split_already(tmp_path, test):
     assert dataset.test_labels.tolist() == [0, 0, 1, 1]
 
 
-def test_a_train_folder_alone_is_split(tmp_path):
+def test_a_folder_with_only_train_is_split(tmp_path):
     fill(tmp_path / "set" / "train", ["a", "b"], 5)
     assert load_dataset(str(tmp_path / "set")).class_names == ["a", "b"]
 
@@ -360,7 +358,7 @@ def test_a_train_folder_alone_is_split(tmp_path):
         ([(200, 200), (200, 200)], 64),
     ],
 )
-def test_images_of_many_sizes_get_one_that_suits_them(tmp_path, sizes, expected):
+def test_images_of_different_sizes_are_resized_by_their_median_side(tmp_path, sizes, expected):
     for name in ("a", "b"):
         for index in range(6):
             saved(tmp_path / "set" / name / f"{index}.png", picture(index, *sizes[index % 2]))
@@ -377,7 +375,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
         folder = folder.rename(tmp_path / "renamed")
         third = load_dataset(str(folder))
         np.testing.assert_array_equal(first.train_images, third.train_images)
-    # Until a file changes.
+    # A changed file is decoded again.
     saved(folder / "a" / "0.png", 255 - picture(0, 8, 8))
     os.utime(folder / "a" / "0.png", ns=(1, 1))
     third = load_dataset(str(folder))
@@ -385,7 +383,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     assert sum(not (image == both[0]).all(axis=(1, 2, 3)).any() for image in both[1]) == 1
 
 
-def test_what_became_readable_is_read(tmp_path):
+def test_a_repaired_file_is_read_again(tmp_path):
     folder = fill(tmp_path / "set", ["a", "b"], 5)
     path = folder / "a" / "0.png"
     content, times = path.read_bytes(), path.stat()
@@ -400,15 +398,15 @@ def test_what_became_readable_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
-def test_half_a_cache_is_none(tmp_path, suffix):
+def test_an_incomplete_cache_entry_is_ignored(tmp_path, suffix):
     folder = fill(tmp_path / "set", ["a", "b"], 5)
     first = load_dataset(str(folder))
-    for gone in (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}"):
-        gone.unlink()
+    for path in (tmp_path / "cache" / "keras_vit").glob(f"*{suffix}"):
+        path.unlink()
     np.testing.assert_array_equal(load_dataset(str(folder)).train_images, first.train_images)
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -418,7 +416,7 @@ def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
     assert not list((tmp_path / "cache" / "keras_vit").glob("*.npy"))
 
 
-def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
+def test_a_large_data_set_is_memory_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "IN_MEMORY", 100)
     dataset = load_dataset(str(fill(tmp_path / "set", ["a", "b"], 5)))
     assert isinstance(dataset.train_images, np.memmap)
@@ -438,16 +436,16 @@ def test_a_set_larger_than_memory_stays_on_disk(tmp_path, monkeypatch):
     np.testing.assert_allclose(variance, pixels.var(axis=0), rtol=1e-5)
 
 
-def test_a_few_files_that_cannot_be_read_are_left_out_and_named(tmp_path, capsys):
+def test_a_few_unreadable_files_are_left_out_with_a_warning(tmp_path, capsys):
     folder = fill(tmp_path / "set", ["a", "b"], 60, size=(4, 4))
     (folder / "b" / "broken.png").write_bytes(b"no image")
     dataset = load_dataset(str(folder))
     assert len(dataset.train_labels) + len(dataset.test_labels) == 120
     assert "left out b/broken.png: cannot identify image file" in capsys.readouterr().err
-    load_dataset(str(folder))  # Out of the cache.
+    load_dataset(str(folder))  # From the cache.
     assert "left out b/broken.png" in capsys.readouterr().err
     (folder / "b" / "broken.png").rename(folder / "b" / os.fsdecode(b"br\xf6ken.png"))
-    for _ in "decoded", "out of the cache":
+    for _ in "decoded", "from the cache":
         load_dataset(str(folder))
         assert "left out b/br" in capsys.readouterr().err
     (folder / "a" / "list.txt").write_text("no image")
@@ -464,20 +462,20 @@ BROKEN = {
     "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
     "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
     "has a name that is not UTF-8": lambda root: fill(root, ["a", os.fsdecode(b"caf\xe9")], 5),
-    "has no test image that can be read": lambda root: fill(root, ["a", "b"], 1),
-    "class 'c' in .* has no training image": lambda root: (
+    "has no readable test image": lambda root: fill(root, ["a", "b"], 1),
+    "class 'c' in .* has no readable training image": lambda root: (
         fill(root / "train", ["a", "b"], 3),
         fill(root / "test", ["a", "c"], 3, size=(9, 8)),
     ),
-    "class 'a' in .* is no copy of a test image": lambda root: (
+    "class 'a' in .* is not a copy of a test image": lambda root: (
         fill(root / "train", ["a", "b"], 3),
         fill(root / "test", ["a", "b"], 3),
     ),
-    "set has no test image": lambda root: (
+    "set has no readable test image": lambda root: (
         fill(root / "train", ["a", "b"], 3),
         empty(root / "test" / "a"),
     ),
-    "bomb.png would unpack to over 89,478,485 pixels": lambda root: (
+    "bomb.png has more than 89,478,485 pixels": lambda root: (
         fill(root, ["a", "b"], 5),
         saved(root / "a" / "bomb.png", Image.new("1", (20000, 10000))),
     ),
@@ -491,12 +489,12 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("message", BROKEN)
-def test_folders_that_nobody_can_learn_from_are_refused(tmp_path, message):
+def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, message):
     BROKEN[message](tmp_path / "set")
     with pytest.raises(data.DatasetError, match=message):
         load_dataset(str(tmp_path / "set"))
 
 
-def test_an_image_size_is_for_folders():
-    with pytest.raises(data.DatasetError, match="is for folders of images"):
+def test_an_image_size_is_only_for_folders():
+    with pytest.raises(data.DatasetError, match="is only for folders of images"):
         load_dataset("digits", image_size=48)

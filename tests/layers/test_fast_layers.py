@@ -1,4 +1,4 @@
-"""Layers that compute what Keras's layers of the same name compute, faster."""
+"""The faster layers compute the same as Keras's layers of the same name."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ def normal(seed, *shape):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-def learned(layer, inputs, seed=5):
+def trained(layer, inputs, seed=5):
     """Weights of a layer after one step of plain gradient descent, and its loss before."""
     arguments = [keras.Input(x.shape[1:]) for x in inputs]
     output = layer(*arguments)
@@ -31,7 +31,7 @@ def learned(layer, inputs, seed=5):
 
 @pytest.mark.parametrize("lengths", [(7, 7), (1, 7), (3, 7)], ids=str)
 @pytest.mark.parametrize("use_bias", [True, False])
-def test_attention_computes_and_learns_what_keras_s_attention_does(lengths, use_bias):
+def test_attention_has_the_outputs_and_gradients_of_keras_s_attention(lengths, use_bias):
     query, value = normal(0, 2, lengths[0], 12), normal(1, 2, lengths[1], 12)
     if lengths[0] == lengths[1]:
         value = query
@@ -50,7 +50,7 @@ def test_attention_computes_and_learns_what_keras_s_attention_does(lengths, use_
         )
     if lengths[0] != lengths[1]:
         (after, loss), (expected, expected_loss) = (
-            learned(layer, (query, value)) for layer in (ours, theirs)
+            trained(layer, (query, value)) for layer in (ours, theirs)
         )
         assert loss == pytest.approx(expected_loss, rel=1e-4)
         for name, a, b in zip(ours.weights, after, expected, strict=True):
@@ -58,7 +58,7 @@ def test_attention_computes_and_learns_what_keras_s_attention_does(lengths, use_
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "options",
     [
         {"use_causal_mask": True},
         {"attention_mask": np.tril(np.ones((1, 5, 5), bool))},
@@ -66,21 +66,21 @@ def test_attention_computes_and_learns_what_keras_s_attention_does(lengths, use_
     ],
     ids=["causal", "mask", "key"],
 )
-def test_what_the_fused_attention_does_not_cover_is_left_to_keras(wish):
+def test_unsupported_attention_falls_back_to_keras(options):
     tokens = normal(0, 2, 5, 6)
     ours, theirs = MultiHeadAttention(2, 3), keras.layers.MultiHeadAttention(2, 3)
     for layer in (ours, theirs):
         layer.build(tokens.shape, tokens.shape)
     theirs.set_weights(ours.get_weights())
     np.testing.assert_allclose(
-        ops.convert_to_numpy(ours(tokens, tokens, **wish)),
-        ops.convert_to_numpy(theirs(tokens, tokens, **wish)),
+        ops.convert_to_numpy(ours(tokens, tokens, **options)),
+        ops.convert_to_numpy(theirs(tokens, tokens, **options)),
         atol=1e-5,
     )
 
 
 @pytest.mark.parametrize("filters", [None, "attention_output", "key"])
-def test_attention_survives_quantization_to_int8_in_part_as_well(filters):
+def test_attention_can_be_quantized_to_int8_entirely_or_in_part(filters):
     tokens = normal(0, 2, 5, 8)
     inputs = keras.Input((5, 8))
     model = keras.Model(inputs, MultiHeadAttention(2, 4)(inputs, inputs))
@@ -89,7 +89,7 @@ def test_attention_survives_quantization_to_int8_in_part_as_well(filters):
     np.testing.assert_allclose(model.predict(tokens, verbose=0), before, atol=0.1)
 
 
-def test_attention_has_the_seed_of_one_dropout():
+def test_attention_has_one_dropout_seed():
     ours, theirs = (
         kind(2, 4, dropout=0.5) for kind in (MultiHeadAttention, keras.layers.MultiHeadAttention)
     )
@@ -99,7 +99,7 @@ def test_attention_has_the_seed_of_one_dropout():
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.9, 1e-7, 0.0])
-def test_dropout_drops_its_share_and_keeps_the_mean(rate):
+def test_dropout_drops_at_its_rate_and_rescales_the_rest(rate):
     ones = np.ones((501, 401), "float32")
     kept = ops.convert_to_numpy(Dropout(rate, seed=1)(ones, training=True))
     deviation = (rate * (1 - rate) / ones.size) ** 0.5
@@ -107,7 +107,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     np.testing.assert_allclose(kept[kept > 0], 1 / (1 - rate), rtol=1e-4)
 
 
-def test_dropout_leaves_inference_alone_and_draws_anew_each_time():
+def test_dropout_is_off_in_inference_and_random_in_each_step():
     ones = np.ones((8, 100), "float32")
     layer = Dropout(0.5, seed=3)
     assert np.array_equal(ops.convert_to_numpy(layer(ones)), ones)
@@ -117,7 +117,7 @@ def test_dropout_leaves_inference_alone_and_draws_anew_each_time():
     assert np.array_equal(first, again)
 
 
-def test_dropout_draws_every_element_for_itself():
+def test_dropout_is_independent_for_neighbouring_elements():
     kept = ops.convert_to_numpy(Dropout(0.5, seed=0)(np.ones((400, 400), "float32"), training=True))
     for axis in (0, 1):
         neighbours = np.corrcoef(kept.ravel(), np.roll(kept, 1, axis).ravel())[0, 1]
@@ -130,22 +130,22 @@ def test_dropout_draws_every_element_for_itself():
     [((3, 8), (3, 9)), ((3, 8), (4, 8)), ((3, 8), (8, 3)), ((0, 0), (0, 1))],
     ids=["next step", "next layer", "swapped words", "zeros"],
 )
-def test_dropout_of_other_seeds_is_independent(first, second):
+def test_dropout_with_different_seeds_is_independent(first, second):
     count = 2**16
     seeds = (ops.convert_to_tensor(np.array(words, "uint32")) for words in (first, second))
     pair = [ops.convert_to_numpy(hashed(count, seed)) / 2**32 for seed in seeds]
     for uniform in pair:
         assert stats.kstest(uniform, "uniform").pvalue > 1e-4
-    # Whether both drop together, at a rate that a network would use.
+    # Whether both drop the same elements, at a usual rate.
     table = np.histogram2d(*(uniform < 0.2 for uniform in pair), bins=2)[0]
     assert stats.chi2_contingency(table).pvalue > 1e-4
     assert abs(np.corrcoef(*pair)[0, 1]) < 5 / count**0.5
 
 
 @hashes_alone
-def test_each_bit_of_dropout_s_numbers_is_fair_and_follows_no_other():
-    numbers = ops.convert_to_numpy(hashed(2**16, ops.convert_to_tensor(np.array([1, 2], "uint32"))))
-    bits = np.unpackbits(numbers.view("uint8")).reshape(-1, 32)
+def test_each_bit_of_the_random_numbers_is_unbiased_and_independent():
+    words = ops.convert_to_numpy(hashed(2**16, ops.convert_to_tensor(np.array([1, 2], "uint32"))))
+    bits = np.unpackbits(words.view("uint8")).reshape(-1, 32)
     deviation = 0.5 / 2**8
     assert np.abs(bits.mean(axis=0) - 0.5).max() < 5 * deviation
     between = np.corrcoef(bits, rowvar=False) - np.eye(32)
@@ -155,7 +155,7 @@ def test_each_bit_of_dropout_s_numbers_is_fair_and_follows_no_other():
         assert np.abs(along - 0.5).max() < 5 * deviation
 
 
-def test_gelu_is_x_times_the_normal_distribution_and_learns_its_derivative():
+def test_gelu_is_x_times_the_normal_cdf_and_has_its_derivative():
     x = np.linspace(-6, 6, 241).astype("float32")
     expected = x * stats.norm.cdf(x)
     np.testing.assert_allclose(ops.convert_to_numpy(gelu(ops.array(x))), expected, atol=1e-6)
@@ -170,8 +170,8 @@ def test_gelu_is_x_times_the_normal_distribution_and_learns_its_derivative():
     np.testing.assert_allclose(slope, derivative[x != 0], atol=1e-4)
 
 
-def test_no_gradient_flows_through_what_dropout_dropped():
-    """A weight in front of each element learns where its element was kept, and only there."""
+def test_no_gradient_flows_through_dropped_elements():
+    """A weight in front of each element is updated only where the element was kept."""
     inputs = keras.Input((2000,))
     scaled = keras.layers.Rescaling(1.0)(inputs)
     layer = keras.layers.EinsumDense("bd,d->bd", output_shape=(2000,), kernel_initializer="ones")
@@ -184,7 +184,7 @@ def test_no_gradient_flows_through_what_dropout_dropped():
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 5, 6), (2, 3, 4, 6)], ids=str)
-def test_layer_normalization_is_the_formula(shape):
+def test_layer_normalization_agrees_with_the_formula(shape):
     x, gamma, beta = 3 + 2 * normal(0, *shape), normal(1, 6), normal(2, 6)
     layer = LayerNormalization(epsilon=1e-3)
     layer.build(shape)
@@ -194,7 +194,7 @@ def test_layer_normalization_is_the_formula(shape):
     np.testing.assert_allclose(result, gamma * expected + beta, atol=1e-5)
 
 
-def test_layer_normalization_learns_what_keras_s_does_and_passes_the_same_gradient_on():
+def test_layer_normalization_has_the_gradients_of_keras_s():
     x = 3 + 2 * normal(0, 4, 5, 6)
     results = []
     for kind in (LayerNormalization, keras.layers.LayerNormalization):
@@ -211,7 +211,7 @@ def test_layer_normalization_learns_what_keras_s_does_and_passes_the_same_gradie
 
 
 @pytest.mark.parametrize("axis", [[1, 2], [2, 1]])
-def test_layer_normalization_over_other_axes_is_left_to_keras(axis):
+def test_layer_normalization_over_other_axes_falls_back_to_keras(axis):
     x = normal(0, 2, 5, 6)
     ours = ops.convert_to_numpy(LayerNormalization(axis=axis)(x))
     theirs = ops.convert_to_numpy(keras.layers.LayerNormalization(axis=axis)(x))
@@ -219,7 +219,7 @@ def test_layer_normalization_over_other_axes_is_left_to_keras(axis):
 
 
 @pytest.mark.parametrize("layer", [Dropout(0.3), LayerNormalization()])
-def test_half_precision_stays_half(layer):
+def test_half_precision_is_kept(layer):
     layer = type(layer).from_config({**layer.get_config(), "dtype": "mixed_bfloat16"})
     output = (
         layer(normal(0, 2, 5, 6), training=True)

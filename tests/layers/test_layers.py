@@ -1,4 +1,4 @@
-"""Each layer as Keras tests its own; patches against slices, tokens against their weights."""
+"""Keras's standard layer tests; patches against slices, tokens against their weights."""
 
 import json
 
@@ -28,7 +28,7 @@ def normal(seed, *shape):
 
 
 def sliced(image, side):
-    """Patches `(N, P * P * C)` of one image, cut out one by one."""
+    """Patches `(N, P * P * C)` of one image, sliced one by one."""
     height, width, _ = image.shape
     return np.stack(
         [
@@ -39,7 +39,7 @@ def sliced(image, side):
     )
 
 
-# What Keras asks of its own layers
+# Keras's standard layer tests
 
 IMAGES, TOKENS = (2, 8, 12, 3), (2, 5, 8)
 # Class, arguments, shapes of input and output, weights and seed generators.
@@ -57,7 +57,7 @@ LAYERS = [
 
 
 @pytest.mark.parametrize(("kind", "arguments", "shape", "expected", "weights", "seeds"), LAYERS)
-def test_a_layer_is_built_and_rebuilt_from_its_config(
+def test_a_layer_can_be_built_and_restored_from_its_config(
     kind, arguments, shape, expected, weights, seeds
 ):
     layer = kind(**arguments)
@@ -103,7 +103,7 @@ def test_symbolic_eager_and_graph_results_agree(
         np.testing.assert_allclose(first, last, rtol=1e-4, atol=1e-4)
 
 
-def test_a_stateless_layer_is_built_from_the_start():
+def test_a_stateless_layer_is_built_on_creation():
     assert Patches(4).built
 
 
@@ -120,13 +120,13 @@ def test_patches_are_slices_of_the_image_row_by_row(height, width, channels, pat
     np.testing.assert_array_equal(patches, [sliced(image, patch_size) for image in images])
 
 
-def test_a_patch_reshapes_to_the_small_image_that_it_was():
+def test_a_patch_can_be_reshaped_to_a_small_image():
     images = normal(1, 1, 8, 12, 3)
     second_of_second_row = to_numpy(Patches(4)(images))[0, 4].reshape(4, 4, 3)
     np.testing.assert_array_equal(second_of_second_row, images[0, 4:8, 4:8])
 
 
-def test_patches_take_an_unknown_batch_size_and_state_their_shape():
+def test_patches_of_an_unknown_batch_size_have_a_static_shape():
     inputs = keras.Input((8, 12, 3))
     outputs = Patches(4)(inputs)
     assert outputs.shape == (None, 6, 48)
@@ -153,7 +153,7 @@ def test_a_patch_size_that_does_not_divide_the_image_is_refused_naming_both(
 
 
 @pytest.mark.parametrize("patch_size", [0, -4, 4.0, "4", None, True, (4, 4)])
-def test_a_patch_size_that_is_no_positive_integer_is_refused(patch_size):
+def test_a_patch_size_that_is_not_a_positive_integer_is_refused(patch_size):
     with pytest.raises(ValueError) as error:
         Patches(patch_size)
     assert "Expected `patch_size` to be an integer of at least 1" in str(error.value)
@@ -166,7 +166,7 @@ def test_patches_of_images_without_a_known_shape_are_refused(shape):
         Patches(4)(keras.KerasTensor(shape))
 
 
-def test_patches_survive_serialization_without_custom_objects():
+def test_patches_can_be_serialized_without_custom_objects():
     layer = Patches(2, name="pieces", dtype="float16")
     text = json.dumps(keras.saving.serialize_keras_object(layer))
     assert json.loads(text)["registered_name"] == "keras_vit>Patches"
@@ -179,7 +179,7 @@ def test_patches_survive_serialization_without_custom_objects():
 # Class token
 
 
-def test_the_class_token_stands_before_every_sequence():
+def test_the_class_token_is_prepended_to_every_sequence():
     layer = ClassToken()
     tokens = normal(4, 3, 5, 7)
     layer.build(tokens.shape)
@@ -189,7 +189,7 @@ def test_the_class_token_stands_before_every_sequence():
     np.testing.assert_array_equal(to_numpy(layer(tokens)), expected)
 
 
-def test_the_class_token_is_the_layers_only_weight_and_is_learned():
+def test_the_class_token_is_the_only_weight_and_trainable():
     layer = ClassToken()
     layer.build((None, 5, 7))
     assert [tuple(weight.shape) for weight in layer.trainable_weights] == [(1, 1, 7)]
@@ -197,7 +197,7 @@ def test_the_class_token_is_the_layers_only_weight_and_is_learned():
 
 
 @pytest.mark.parametrize("layer", [ClassToken, PositionEmbedding])
-def test_learned_tokens_start_as_normal_unit_noise(layer):
+def test_tokens_are_initialized_as_normal_noise(layer):
     layer = layer()
     layer.build((None, 1, 5000))
     values = to_numpy(layer.weights[0])
@@ -205,7 +205,7 @@ def test_learned_tokens_start_as_normal_unit_noise(layer):
     assert values.std() == pytest.approx(0.2, rel=0.1)
 
 
-def test_two_layers_of_a_model_start_with_different_numbers():
+def test_two_layers_of_a_model_are_initialized_differently():
     one, two = ClassToken(), ClassToken()
     one.build((None, 5, 7))
     two.build((None, 5, 7))
@@ -225,7 +225,7 @@ def test_a_position_embedding_adds_one_vector_per_position_to_every_sequence():
     np.testing.assert_allclose(to_numpy(layer(tokens)), expected, atol=1e-6)
 
 
-def test_a_position_embedding_learns_one_vector_per_position():
+def test_a_position_embedding_has_one_trainable_vector_per_position():
     layer = PositionEmbedding()
     layer.build((None, 5, 7))
     assert [tuple(weight.shape) for weight in layer.trainable_weights] == [(1, 5, 7)]
@@ -252,7 +252,7 @@ def test_half_precision_tokens_stay_in_half_precision(layer):
 
 
 @pytest.mark.parametrize("layer", [ClassToken, PositionEmbedding])
-def test_learned_tokens_survive_a_saved_model(layer, tmp_path):
+def test_trained_tokens_are_restored_from_a_saved_model(layer, tmp_path):
     model = keras.Sequential([keras.Input((5, 7)), layer(name="learned")])
     model.set_weights([normal(10, *weight.shape) for weight in model.weights])
     model.save(tmp_path / "model.keras")
@@ -265,7 +265,7 @@ def test_learned_tokens_survive_a_saved_model(layer, tmp_path):
 
 
 @pytest.mark.parametrize("layer", [ClassToken, PositionEmbedding])
-def test_a_chosen_initializer_survives_serialization(layer):
+def test_a_custom_initializer_is_serialized(layer):
     config = keras.saving.serialize_keras_object(layer(initializer=keras.initializers.Constant(3)))
     again = keras.saving.deserialize_keras_object(json.loads(json.dumps(config)))
     again.build((None, 5, 7))

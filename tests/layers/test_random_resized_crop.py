@@ -1,4 +1,4 @@
-"""The crop against Pillow, torchvision's published rule and the promises that Keras layers keep."""
+"""The crop against Pillow, torchvision's rule for boxes, and the contract of Keras layers."""
 
 import json
 import math
@@ -22,7 +22,7 @@ WIDE = (0.2, 1.0)
 
 
 def crop_and_resize(layer, images, boxes):
-    """The layer's images for boxes of our choice, `(B, 4)`: top, left, height and width."""
+    """The layer's output for given boxes `(B, 4)`: top, left, height and width."""
     columns = [ops.convert_to_tensor(column) for column in np.asarray(boxes, "float32").T]
     return to_numpy(layer.transform_images(ops.convert_to_tensor(images), columns))
 
@@ -99,7 +99,7 @@ def test_bilinear_agrees_with_pillow_for_boxes_that_shrink_and_grow(size):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (17, 9), (40, 13), (75, 101)])
-def test_nearest_agrees_with_pillow_wherever_one_pixel_is_nearest(size):
+def test_nearest_agrees_with_pillow_where_the_nearest_pixel_is_unique(size):
     rng = np.random.default_rng(sum(size))
     images = pixels(1, 24, 24, 31, 2)
     boxes = random_boxes(rng, 24, 24, 31)
@@ -107,7 +107,7 @@ def test_nearest_agrees_with_pillow_wherever_one_pixel_is_nearest(size):
     compared = 0
     for image, box, result in zip(images, boxes, ours, strict=True):
         theirs = pillow_crop_and_resize(image, box, size, Image.Resampling.NEAREST)
-        # A centre on the border of two pixels is as near to either.
+        # A center on the border of two pixels is equally close to both.
         rows, columns = (
             (2 * np.arange(output) + 1) * length % (2 * output) != 0
             for output, length in zip(size, box[2:], strict=True)
@@ -156,7 +156,7 @@ def test_each_image_of_a_batch_is_resampled_from_its_own_box():
     [
         (32, 32, (0.8, 1.0), (0.9, 1.1)),
         (20, 28, (0.08, 1.0), (3 / 4, 4 / 3)),
-        # Most first draws do not fit, so that clipping or giving up early would show.
+        # Most first draws do not fit, so that clipping or too few attempts would be detected.
         (32, 32, (0.9, 1.0), (0.5, 2.0)),
         # Almost no draw fits at all.
         (24, 36, (1.0, 1.0), (0.5, 2.0)),
@@ -188,7 +188,7 @@ def test_boxes_are_distributed_by_the_published_rule(height, width, scale, ratio
         assert test.pvalue > 1e-4, (name, test)
 
 
-def test_most_first_draws_do_not_fit_where_the_rule_must_draw_again():
+def test_most_first_draws_do_not_fit_in_the_case_that_tests_redrawing():
     rng = np.random.default_rng(6)
     side = 64 * np.sqrt(rng.uniform(0.9, 1.0, 50_000))
     slant = np.sqrt(np.exp(rng.uniform(math.log(0.5), math.log(2), 50_000)))
@@ -228,7 +228,7 @@ def test_boxes_are_whole_pixels_inside_the_image(height, width, scale):
         (1, 90, (0.1, 0.2), (0, 44, 1, 1)),
     ],
 )
-def test_images_that_no_draw_fits_are_cropped_centrally_within_the_ratio(height, width, ratio, box):
+def test_the_central_box_is_used_if_no_draw_fits(height, width, ratio, box):
     layer = RandomResizedCrop(8, 8, scale=(0.8, 1.0), ratio=ratio, seed=10)
     np.testing.assert_array_equal(draw_boxes(layer, height, width), [box] * COUNT)
 
@@ -248,7 +248,7 @@ def test_the_same_seed_repeats_the_same_sequence_of_crops():
     assert np.abs(sequence[0] - to_numpy(other(images, training=True))).max() > 1
 
 
-def test_a_layer_without_seed_draws_other_boxes_than_its_twin():
+def test_two_layers_without_seed_draw_different_boxes():
     one, two = (draw_boxes(RandomResizedCrop(8, 8), 64, 64) for _ in range(2))
     assert (one != two).any()
 
@@ -284,7 +284,7 @@ def test_inference_draws_nothing_so_that_later_crops_do_not_depend_on_it():
 
 
 def check_inference_of_random_sizes():
-    """Eager and compiled: called below in processes of their own."""
+    """Eager and compiled; run below in separate processes."""
     import tensorflow as tf
 
     rng = np.random.default_rng(46)
@@ -305,7 +305,7 @@ def check_inference_of_random_sizes():
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="The kernels are TensorFlow's.")
 @pytest.mark.parametrize("intels_kernels", ["0", "1"])
 def test_inference_is_right_with_and_without_intels_kernels(intels_kernels):
-    """TensorFlow 2.21's product of broadcast batches leaves its buffers on AVX-512."""
+    """TensorFlow 2.21's matmul of broadcast batches overruns its buffers on AVX-512."""
     code = f"import {__name__} as tests; tests.check_inference_of_random_sizes()"
     environment = {
         **os.environ,
@@ -382,7 +382,7 @@ def test_every_dtype_policy_sets_the_output_and_keeps_the_crop(policy, relative_
     images = pixels(25, 4, 20, 28, 3).astype("uint8")
     layer = RandomResizedCrop(8, 12, scale=WIDE, seed=26, dtype=policy)
     result = layer(images, training=training)
-    # JAX has no float64 unless asked for it.
+    # JAX disables float64 by default.
     expected = ops.cast(ops.zeros(1), layer.compute_dtype).dtype
     assert result.dtype == expected
     reference = RandomResizedCrop(8, 12, scale=WIDE, seed=26, dtype="float32")(
@@ -479,7 +479,7 @@ def test_a_format_of_bounding_boxes_is_refused():
         RandomResizedCrop(8, 8, bounding_box_format="xyxy")
 
 
-# Inputs that do not fit
+# Invalid inputs
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (1, 2, 20, 20, 3)])
@@ -523,7 +523,7 @@ def test_the_symbolic_shape_is_the_shape_of_the_result(data_format):
 def test_gradient_flows_through_the_crop_to_a_layer_before_it(jit_compile, interpolation):
     if jit_compile and BACKEND == "torch":
         pytest.skip("Keras does not compile with XLA on PyTorch.")
-    # Crops of constant images are constant, so that a step of gradient descent has a closed form.
+    # Crops of constant images are constant, so a step of gradient descent has a closed form.
     gray = np.random.default_rng(30).uniform(1, 2, 8).astype("float32")
     images = np.broadcast_to(gray[:, None, None, None], (8, 10, 10, 1)).copy()
     model = keras.Sequential(
@@ -577,7 +577,7 @@ def input_gradient(loss, x):
     return x.grad
 
 
-def test_the_layer_leaves_xla_on():
+def test_the_layer_does_not_disable_xla():
     assert RandomResizedCrop(8, 8).supports_jit is True
 
 
@@ -644,7 +644,7 @@ def test_a_pipeline_interpolates_between_the_pixels_of_its_box(data_format):
         channel_axis = -1 if data_format == "channels_last" else 0
         rows, columns = np.moveaxis(result.numpy(), channel_axis, 0)
         for values, target, side in [(rows, 25, size[0]), (columns.T, 30, size[1])]:
-            # A box that grows shows its first and its last pixel unmixed.
+            # When upscaling, the first and the last pixel are not interpolated.
             first, last = values[0, 0], values[-1, 0]
             assert 0 <= first == round(first) and last == round(last) < side
             centers = first - 0.5 + (np.arange(target) + 0.5) * (last - first + 1) / target
@@ -741,7 +741,7 @@ CONFIG = {
 }
 
 
-def test_every_argument_survives_get_config():
+def test_get_config_contains_every_argument():
     layer = RandomResizedCrop(**CONFIG, name="crop", dtype="float16")
     again = RandomResizedCrop.from_config(layer.get_config())
     for key, value in CONFIG.items():
@@ -750,7 +750,7 @@ def test_every_argument_survives_get_config():
     assert again.compute_dtype == "float16"
 
 
-def test_serialized_layers_come_back_without_custom_objects_and_crop_alike():
+def test_serialized_layers_are_restored_without_custom_objects_and_crop_alike():
     layer = RandomResizedCrop(**CONFIG)
     text = json.dumps(keras.saving.serialize_keras_object(layer))
     assert json.loads(text)["registered_name"] == "keras_vit>RandomResizedCrop"
@@ -804,7 +804,7 @@ PAIR = "pair of numbers"
         ("interpolation", None, "'bilinear' or 'nearest'"),
     ],
 )
-def test_bad_arguments_are_refused_with_what_was_expected_and_received(name, value, expected):
+def test_invalid_arguments_are_refused_naming_what_was_expected_and_received(name, value, expected):
     with pytest.raises(ValueError) as error:
         RandomResizedCrop(**{"height": 8, "width": 8, name: value})
     message = str(error.value)
@@ -822,7 +822,7 @@ def test_an_unknown_data_format_is_refused():
     ("name", "value"),
     [("scale", (1.0, 1.0)), ("scale", [0.2, 0.4]), ("ratio", (1, 1)), ("height", np.int64(8))],
 )
-def test_arguments_on_the_edge_of_their_range_are_taken(name, value):
+def test_arguments_at_the_limits_of_their_range_are_accepted(name, value):
     layer = RandomResizedCrop(**{"height": 8, "width": 8, name: value})
     assert tuple(layer(np.zeros((2, 9, 9, 3)), training=True).shape) == (2, 8, 8, 3)
     json.dumps(keras.saving.serialize_keras_object(layer))

@@ -27,7 +27,7 @@ def random_images(seed, *shape):
 
 
 def photo(seed, height=32, width=40):
-    """A smooth image, whose resampling says more than that of noise does."""
+    """A smooth image, for which resampling errors are meaningful."""
     small = random_images(seed, 5, 6, 3)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.BICUBIC))
 
@@ -46,7 +46,7 @@ def affine(image, *matrix):
 
 
 def about_the_centre(image, a, b, d, e):
-    """Pillow's matrix, which starts from the corner of the corner pixel."""
+    """Pillow's matrix, whose origin is the corner of the image."""
     x, y = image.width / 2, image.height / 2
     return affine(image, a, b, x - a * x - b * y, d, e, y - d * x - e * y)
 
@@ -75,7 +75,7 @@ STRENGTHS = (-0.9, -0.25, 0.5, 1.0)
 
 @pytest.fixture(scope="module")
 def distorted():
-    """Every kind at every strength, in one batch: of a photo, and of an even image."""
+    """Every kind at every strength, in one batch: for a photo and a uniform image."""
     kinds = np.repeat(np.arange(len(KINDS)), len(STRENGTHS))
     strengths = np.tile(STRENGTHS, len(KINDS)).astype("float32")
     shape = (len(KINDS), len(STRENGTHS), 32, 40, 3)
@@ -85,31 +85,31 @@ def distorted():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_distortion_is_pillows(name, distorted):
-    """Pillow rounds pixels after each step, and does not fade to the black outside."""
+def test_each_transformation_agrees_with_pillow(name, distorted):
+    """Pillow rounds pixels after each step, and does not blend with the black outside."""
     found, even = (batch[KINDS.index(name)] for batch in distorted)
     for index, strength in enumerate(STRENGTHS):
         expected = np.asarray(BY_PILLOW[name](Image.fromarray(photo(0)), strength))
         difference = np.abs(found[index] - expected)
         if name in ("shear_x", "shear_y", "rotate", "translate_x", "translate_y"):
-            # Where an even image stays as it is, nothing came from outside.
+            # Where a uniform image is unchanged, no pixel came from outside.
             assert difference[even[index] == EVEN].max(initial=0) < 2
             assert np.percentile(difference, 80) < 1.5
         else:
             assert difference.max() < 1.6
 
 
-def test_shifted_out_of_sight_an_image_is_black():
+def test_an_image_translated_out_of_the_frame_is_black():
     assert not one_distorted(random_images(2, 32, 32, 3), "translate_x", 1.0).any()
 
 
-def test_a_flat_image_has_no_contrast_to_stretch():
+def test_autocontrast_leaves_a_uniform_image_unchanged():
     flat = np.full((32, 32, 3), 77, "uint8")
     for name in ("autocontrast", "equalize", "contrast", "sharpness"):
         np.testing.assert_allclose(one_distorted(flat, name, 0.8), flat, atol=1e-3)
 
 
-def test_kinds_and_strengths_are_drawn_evenly(monkeypatch):
+def test_kinds_and_strengths_are_uniformly_distributed(monkeypatch):
     seen = {}
 
     def noted(images, kind, strength, backend):
@@ -128,7 +128,7 @@ def test_kinds_and_strengths_are_drawn_evenly(monkeypatch):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_any_number_of_channels_stays_within_the_range_of_pixels(channels):
+def test_pixels_stay_in_range_for_any_number_of_channels(channels):
     images = random_images(4, 56, 9, 7, channels)
     out = to_numpy(TrivialAugment(seed=0)(images, training=True))
     assert out.shape == images.shape
@@ -137,7 +137,7 @@ def test_any_number_of_channels_stays_within_the_range_of_pixels(channels):
     np.testing.assert_array_equal(to_numpy(TrivialAugment()(images, training=False)), images)
 
 
-def test_an_integer_dtype_rounds_the_distorted_pixels():
+def test_an_integer_dtype_rounds_the_pixels():
     images = random_images(10, 56, 9, 7, 3)
     expected, rounded = (
         TrivialAugment(seed=0, dtype=dtype)(images, training=True) for dtype in ("float32", "uint8")
@@ -147,7 +147,7 @@ def test_an_integer_dtype_rounds_the_distorted_pixels():
 
 
 @pytest.mark.parametrize("batched", [True, False])
-def test_a_pipeline_distorts_images_on_any_backend(batched):
+def test_trivial_augment_works_in_a_pipeline_on_any_backend(batched):
     tf = pytest.importorskip("tensorflow")
     images = random_images(11, 30, 9, 7, 3)
     dataset = tf.data.Dataset.from_tensor_slices(images)
@@ -182,10 +182,10 @@ def test_mixup_blends_each_image_with_its_partner(batch_size):
     np.testing.assert_allclose(mixed, kept * images + (1 - kept) * images[::-1], atol=1e-3)
 
 
-def test_cutmix_pastes_one_box_whose_area_is_what_was_not_kept():
+def test_cutmix_pastes_one_box_whose_area_is_the_fraction_not_kept():
     ours, theirs = np.zeros((3, 16, 24, 1)), np.ones((3, 16, 24, 1))
     layer = MixUpCutMix(mixup=0.0, cutmix=1.0, seed=2)
-    shares = []
+    areas = []
     for _ in range(100):
         mixed = to_numpy(layer(np.concatenate([ours, theirs]), training=True))[..., 0]
         box = mixed[0]
@@ -195,28 +195,28 @@ def test_cutmix_pastes_one_box_whose_area_is_what_was_not_kept():
         np.testing.assert_array_equal(box, np.outer(rows, columns))  # A rectangle...
         for side in (rows, columns):
             assert np.abs(np.diff(side)).sum() <= 2  # ...without gaps.
-        shares.append(box.mean())
+        areas.append(box.mean())
         assert float(to_numpy(layer.kept)) == pytest.approx(1 - box.mean(), abs=1e-6)
-    # Half of the image on average if boxes never left it; they do.
-    assert 0.2 < np.mean(shares) < 0.45
-    assert np.max(shares) > 0.7
+    # Less than half of the image on average, because boxes may extend beyond it.
+    assert 0.2 < np.mean(areas) < 0.45
+    assert np.max(areas) > 0.7
 
 
-def test_batches_are_blended_pasted_into_and_left_alone_by_their_shares():
+def test_mixup_and_cutmix_are_applied_with_their_probabilities():
     images = np.concatenate([np.zeros((1, 16, 16, 1)), np.ones((1, 16, 16, 1))])
     layer, kinds = MixUpCutMix(mixup=0.3, cutmix=0.5, seed=3), []
     for _ in range(300):
         first = to_numpy(layer(images, training=True))[0]
         kinds.append("blended" if first.min() > 0 else "pasted" if first.any() else "left alone")
-    share = {kind: kinds.count(kind) / 300 for kind in kinds}
-    assert share["blended"] == pytest.approx(0.3, abs=0.11)
+    fraction = {kind: kinds.count(kind) / 300 for kind in kinds}
+    assert fraction["blended"] == pytest.approx(0.3, abs=0.11)
     # A few boxes are smaller than a pixel.
-    assert share["pasted"] == pytest.approx(0.5, abs=0.11)
+    assert fraction["pasted"] == pytest.approx(0.5, abs=0.11)
     np.testing.assert_array_equal(to_numpy(layer(images, training=False)), images)
 
 
 @pytest.mark.parametrize("kind", [(1.0, 0.0), (0.0, 1.0)])
-def test_mixed_integers_are_the_rounded_floats(kind):
+def test_mixed_integer_images_are_rounded(kind):
     images = random_images(13, 6, 8, 8, 3)
     expected, rounded = (
         MixUpCutMix(*kind, seed=1, dtype=dtype)(images, training=True)
@@ -238,7 +238,7 @@ def test_one_hot_labels_in_a_dictionary_are_mixed_like_their_images(kind, in_pip
         results = list(dataset.map(lambda data: layer(data, training=True)))
     else:
         results = [layer(data, training=True) for _ in range(5)]
-    # Where each class has a channel of its own, the mean of an image is its label.
+    # With one channel per class, the mean of an image is its label.
     means = [np.asarray(result["images"]).mean(axis=(1, 2)) / 255 for result in results]
     found = np.stack([np.asarray(result["labels"]) for result in results])
     np.testing.assert_allclose(found, means, atol=1e-5)
@@ -264,17 +264,17 @@ def test_dictionaries_without_batches_of_images_and_one_hot_labels_are_refused(s
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="There, a graph may also be a training step."
 )
-def test_a_pipeline_does_not_mix_images_whose_labels_it_does_not_see():
+def test_a_pipeline_refuses_to_mix_images_without_labels():
     tf = pytest.importorskip("tensorflow")
     dataset = tf.data.Dataset.from_tensors(np.zeros((4, 8, 8, 3)))
     with pytest.raises(ValueError, match="inside `tf.data`.*Received"):
         dataset.map(lambda images: MixUpCutMix()(images, training=True))
 
 
-@pytest.mark.parametrize("shares", [(0.6, 0.5), (-0.1, 0.5), (0.5, -0.1)])
-def test_shares_that_are_none_are_refused(shares):
+@pytest.mark.parametrize("probabilities", [(0.6, 0.5), (-0.1, 0.5), (0.5, -0.1)])
+def test_invalid_probabilities_are_refused(probabilities):
     with pytest.raises(ValueError, match="Received: (mixup|cutmix)="):
-        MixUpCutMix(*shares)
+        MixUpCutMix(*probabilities)
 
 
 def small_model(**settings):
@@ -283,7 +283,7 @@ def small_model(**settings):
     return VisionTransformer(**{**sizes, **settings})
 
 
-def test_the_training_loss_is_that_of_both_labels():
+def test_the_training_loss_is_a_weighted_sum_over_both_labels():
     mix = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=6)
     model = small_model(augmentation=[mix])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -298,15 +298,15 @@ def test_the_training_loss_is_that_of_both_labels():
     soft = kept * one_hot + (1 - kept) * one_hot[::-1]
     assert 0.01 < kept < 0.99
     assert found == pytest.approx(-(soft * log_probabilities).sum(axis=1).mean(), rel=1e-4)
-    # Nothing is mixed while testing.
+    # Nothing is mixed in evaluation.
     logits = to_numpy(model(images, training=False)).astype("float64")
     log_probabilities = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     expected = -(one_hot * log_probabilities).sum(axis=1).mean()
     assert model.test_on_batch(images, labels) == pytest.approx(expected, rel=1e-4)
 
 
-def test_weights_of_images_follow_their_labels():
-    """With weight on one image: its label counts as it was kept, its partner's for the rest."""
+def test_sample_weights_are_mixed_with_the_labels():
+    """With weight on one image: its label counts by what was kept, its partner's by the rest."""
     mix = MixUpCutMix(mixup=1.0, cutmix=0.0, seed=5)
     model = small_model(augmentation=[mix])
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -321,8 +321,8 @@ def test_weights_of_images_follow_their_labels():
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_two_layers_that_mix_are_refused():
-    with pytest.raises(ValueError, match="one layer of `augmentation` to mix"):
+def test_two_mixing_layers_are_refused():
+    with pytest.raises(ValueError, match="at most one `MixUpCutMix`"):
         small_model(augmentation=[MixUpCutMix(), MixUpCutMix()])
 
 
@@ -331,7 +331,7 @@ def test_two_layers_that_mix_are_refused():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("shape", [(5,), (5, 1)])
-def test_smoothed_labels_give_the_formulas_loss(smoothing, shape):
+def test_label_smoothing_agrees_with_the_formula(smoothing, shape):
     logits = np.random.default_rng(0).normal(size=(5, 4)).astype("float32")
     labels = np.array([0, 3, 1, 2, 2])
     target = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
@@ -341,14 +341,14 @@ def test_smoothed_labels_give_the_formulas_loss(smoothing, shape):
     assert float(to_numpy(found)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_one_hot_labels_are_refused_with_the_loss_that_takes_them():
+def test_one_hot_labels_are_refused_naming_the_loss_for_them():
     message = "keras.losses.CategoricalCrossentropy.*label_smoothing=0.2.*Received: labels.shape="
     with pytest.raises(ValueError, match=message):
         LabelSmoothingCrossentropy(0.2)(np.eye(4), np.zeros((4, 4), "float32"))
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.1])
-def test_smoothing_outside_of_its_range_is_refused(smoothing):
+def test_label_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(ValueError, match="label_smoothing"):
         LabelSmoothingCrossentropy(smoothing)
 
@@ -356,7 +356,7 @@ def test_smoothing_outside_of_its_range_is_refused(smoothing):
 # Stochastic depth
 
 
-def test_stochastic_depth_leaves_out_later_blocks_more_often():
+def test_drop_path_rates_grow_with_depth():
     model = small_model(depth=4, stochastic_depth=0.4)
     rates = [model.get_layer(f"block_{block}_mlp_skip").rate for block in (1, 2, 3, 4)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4])
@@ -364,7 +364,7 @@ def test_stochastic_depth_leaves_out_later_blocks_more_often():
     assert "block_2_mlp_skip" not in names
 
 
-def test_a_skipped_image_adds_nothing_and_the_others_make_up_for_it():
+def test_drop_path_zeroes_some_images_and_rescales_the_others():
     model = small_model(stochastic_depth=0.5)
     tokens = np.ones((4000, 3, 2), "float32")
     kept = to_numpy(model.get_layer("block_2_attention_skip")(tokens, training=True))
@@ -373,10 +373,10 @@ def test_a_skipped_image_adds_nothing_and_the_others_make_up_for_it():
     assert kept.mean() == pytest.approx(1, abs=0.1)
 
 
-# All of it in one model
+# All layers in one model
 
 
-def test_a_model_with_all_parts_learns_and_is_loaded_again(tmp_path):
+def test_a_model_with_all_layers_trains_and_can_be_saved_and_loaded(tmp_path):
     model = small_model(augmentation=[TrivialAugment(seed=1), MixUpCutMix()], stochastic_depth=0.2)
     images, labels = random_images(8, 40, 8, 8, 3), np.arange(40) % 4
     model.adapt(images)
@@ -392,7 +392,7 @@ def test_a_model_with_all_parts_learns_and_is_loaded_again(tmp_path):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="`fit` compiles on JAX")
-def test_xla_compiles_all_parts():
+def test_xla_compiles_all_layers():
     model = small_model(augmentation=[TrivialAugment(), MixUpCutMix()], stochastic_depth=0.2)
     model.compile("adamw", LabelSmoothingCrossentropy(), jit_compile=True)
     images, labels = random_images(9, 8, 8, 8, 3), np.arange(8) % 4

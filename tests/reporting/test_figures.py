@@ -1,9 +1,11 @@
 import base64
 import dataclasses
 import io
+import re
 
 import keras
 import matplotlib.image
+import matplotlib.text
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,6 +14,7 @@ from keras_vit import VisionTransformer
 from keras_vit.data import Dataset
 from keras_vit.model import augmented_for_display
 from keras_vit.reporting import explorer, figures
+from keras_vit.reporting.texts import load_texts
 
 NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
 HISTORY = {
@@ -20,6 +23,7 @@ HISTORY = {
     "learning_rate": [3e-4, 3e-4, 3e-5],
     "seconds": [1.0, 1.0, 1.0],
 }
+VALIDATED = {**HISTORY, "val_loss": [2.1, 1.6, 1.4], "val_accuracy": [0.2, 0.3, 0.4]}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,86 @@ def test_every_picture_of_data_names_the_data_set(
     monkeypatch.setattr(figures.plt, "close", drawn.append)
     figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
     assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
+
+
+def texts_of(drawn):
+    """Lines of the texts in figures."""
+    texts = {text.get_text() for figure in drawn for text in figure.findobj(matplotlib.text.Text)}
+    return {line for text in texts for line in text.splitlines()}
+
+
+def patterns(texts):
+    """Regular expressions for texts in a dictionary, whose `{names}` stand for anything."""
+    if isinstance(texts, str):
+        return [".+".join(map(re.escape, re.split(r"\{.*?\}", texts)))]
+    values = texts.values() if isinstance(texts, dict) else texts
+    return [pattern for value in values for pattern in patterns(value)]
+
+
+@pytest.mark.parametrize("language", ["en", "pl"])
+def test_all_texts_in_pictures_are_of_the_language(
+    tmp_path, model, dataset, probabilities, monkeypatch, language
+):
+    with monkeypatch.context() as patch:
+        drawn = []
+        patch.setattr(figures.plt, "close", drawn.append)
+        figures.draw_all(model, dataset, probabilities, tmp_path, VALIDATED, [2], language)
+        path, image = tmp_path / "more.png", np.zeros((16, 16, 3), "uint8")
+        figures.draw_history(HISTORY, [], path, language=language)
+        figures.draw_patches(image, 1, path, language=language)
+        figures.draw_augmentation([], image[None], path, language=language)
+    found = texts_of(drawn)
+    figures.plt.close("all")
+    expected = patterns(load_texts(language)["figures"])
+    unused = [
+        pattern
+        for pattern in expected
+        if not any(re.fullmatch(f"(.* ← )?{pattern}", text) for text in found)
+    ]
+    assert unused == []
+    # Numbers, classes with or without a probability, and the data set need no translation.
+    digits = r"[−-]?\d+(\.\d+)?(e-\d+)?" if language == "en" else r"[−-]?\d+(,\d+)?(e-\d+)?"
+    classes = rf"(✓ )?({'|'.join(dataset.class_names)})( \d+%)?"
+    allowed = [*expected, digits, classes, rf"{classes} ← .+", "noise", ""]
+    assert [text for text in found if not any(re.fullmatch(x, text) for x in allowed)] == []
+
+
+def test_one_epoch_has_one_tick_and_its_learning_rate_is_a_plain_number(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    history = {"loss": [2.0], "accuracy": [0.2], "learning_rate": [1e-3]}
+    figures.draw_history(history, [1], tmp_path / "history.png", language="pl")
+    (figure,) = drawn
+    rates = figure.axes[2]
+    low, high = rates.get_ylim()
+    ticks = zip(rates.get_yticks(), rates.get_yticklabels())
+    labels = [label.get_text() for place, label in ticks if low <= place <= high]
+    assert "0,001" in labels and not any("$" in label for label in labels)
+    for axis in figure.axes:
+        left, right = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if left <= tick <= right] == [1]
+
+
+@pytest.mark.parametrize("language", ["en", "pl"])
+def test_long_class_names_neither_overlap_nor_shrink_the_images(
+    tmp_path, dataset, probabilities, monkeypatch, language
+):
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    long = ["automobile", "great spotted woodpecker", "a_class_that_nobody_should_have_called_so"]
+    for names in (dataset.class_names, long):
+        results = (dataset.test_labels, probabilities, names)
+        path = tmp_path / "predictions.png"
+        figures.draw_predictions(dataset.test_images, *results, path, language=language)
+    short, figure = drawn
+    renderer = figure.canvas.get_renderer()
+    for before, axis in zip(short.axes, figure.axes, strict=True):
+        assert axis.get_position().width == pytest.approx(before.get_position().width, rel=0.02)
+    titles = [axis.title for axis in figure.axes if axis.get_title()]
+    assert len(titles) > 12
+    boxes = [title.get_window_extent(renderer) for title in titles]
+    for index, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:index])
 
 
 def test_pictures_show_images_as_they_are_cut_into_patches(tmp_path, dataset, probabilities):
@@ -133,8 +217,7 @@ def test_grey_images_and_validation_curves_are_drawn(tmp_path, dataset, probabil
     dataset = dataclasses.replace(dataset, **grey)
     figures.draw_augmentation([], dataset.train_images, tmp_path / "augmentation.png")
     figures.draw_patches(dataset.test_images[0], 2, tmp_path / "patches.png")
-    history = {**HISTORY, "val_loss": [2.1, 1.6, 1.4], "val_accuracy": [0.2, 0.3, 0.4]}
-    figures.draw_history(history, [], tmp_path / "history.png")
+    figures.draw_history(VALIDATED, [], tmp_path / "history.png")
     assert all(is_drawn(path) for path in tmp_path.iterdir())
     assert len(list(tmp_path.iterdir())) == 3
 

@@ -18,9 +18,10 @@ from keras_vit import (
     attention_scores,
     patch_weights,
 )
-from keras_vit.reporting import figures, report
-from keras_vit.reporting.explorer import BUDGET, pack
+from keras_vit.reporting import figures
+from keras_vit.reporting.explorer import MAX_BYTES, pack
 from keras_vit.reporting.report import SECTIONS, write_explorer
+from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import main
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -107,8 +108,8 @@ def assert_shown(page, expected):
     assert np.all(np.abs(shown(page) - expected) < 1.5 * unit)
 
 
-def percent(share):
-    return f"{100 * share:.{1 if share < 0.1 else 0}f} %"
+def percent(weight):
+    return f"{100 * weight:.{1 if weight < 0.1 else 0}f} %"
 
 
 def point_at(page, row, column, panel="#overlay"):
@@ -186,12 +187,12 @@ def test_discarding_heads_and_the_residual_can_be_switched(small, explorer, open
     assert_shown(page, scores[0, 1, 1, 0, 1:])
 
 
-def test_a_patch_is_kept_by_a_click_and_its_weights_read_by_pointing(small, explorer, open_page):
+def test_a_patch_is_pinned_by_a_click_and_its_weights_read_by_pointing(small, explorer, open_page):
     model, images = small
     expected = attention_rollout(attention_scores(model, images[:1]))[0]
     page = open_page(explorer)
     page.mouse.click(*point_at(page, 1, 2))
-    assert page.locator("#query").inner_text() == "from row 1, column 2 · kept"
+    assert page.locator("#query").inner_text() == "from row 1, column 2 · pinned"
     point_at(page, 2, 1)
     assert page.locator("#target").inner_text() == (
         f"to row 2, column 1: {percent(expected[2, 4])}"
@@ -214,7 +215,7 @@ def test_the_keyboard_does_what_the_pointer_does(explorer, open_page):
         "ArrowRight": "from row 1, column 1",
         "ArrowRight ArrowDown": "from row 2, column 2",
         "ArrowDown": "from row 2, column 2",
-        "Enter": "from row 2, column 2 · kept",
+        "Enter": "from row 2, column 2 · pinned",
         "Home": "from class token",
     }.items():
         for key in keys.split():
@@ -222,7 +223,7 @@ def test_the_keyboard_does_what_the_pointer_does(explorer, open_page):
         assert page.locator("#query").inner_text() == expected
     for key in ("ArrowRight", "Enter", "ArrowRight"):
         panel.press(key)
-    assert page.locator("#query").inner_text() == "from row 1, column 1 · kept"
+    assert page.locator("#query").inner_text() == "from row 1, column 1 · pinned"
     assert page.locator("#target").inner_text().startswith("to row 1, column 2: ")
 
 
@@ -230,7 +231,7 @@ def test_a_finger_does_so_too(explorer, open_page):
     page = open_page(explorer, viewport={"width": 390, "height": 844}, has_touch=True)
     box = page.locator("#overlay").bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 4)
-    assert page.locator("#query").inner_text() == "from row 1, column 2 · kept"
+    assert page.locator("#query").inner_text() == "from row 1, column 2 · pinned"
 
 
 def test_titles_are_text_and_nothing_else(explorer, open_page):
@@ -243,12 +244,12 @@ def test_titles_are_text_and_nothing_else(explorer, open_page):
 def test_what_does_not_fit_into_a_page_is_left_out(small, monkeypatch):
     model, images = small
     one = BLOCKS * HEADS * (1 + ROWS * COLUMNS) ** 2
-    monkeypatch.setattr("keras_vit.reporting.explorer.BUDGET", 2 * one + 1)
+    monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", 2 * one + 1)
     assert len(pack(model, images, list("abcd"))["images"]) == 2
-    monkeypatch.setattr("keras_vit.reporting.explorer.BUDGET", one - 1)
-    with pytest.raises(ValueError, match=f"Received: {one}"):
+    monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", one - 1)
+    with pytest.raises(ValueError, match=f"Received: model with {one}"):
         pack(model, images, list("abcd"))
-    assert BUDGET * 4 / 3 < 5 * 2**20  # In base64, and the report's pictures beside it.
+    assert MAX_BYTES * 4 / 3 < 5 * 2**20  # In base64, and the report's pictures beside it.
 
 
 @pytest.fixture
@@ -266,7 +267,7 @@ def test_the_report_follows_the_nine_points_with_the_runs_numbers(run, open_page
     assert f"{metrics['accuracy']:.2%}" in headline
     assert f"{metrics['parameters']:,}" in headline
     training = page.locator("#training").inner_text()
-    assert "to a tenth after epochs 1, 2" in training and "AdamW" in training
+    assert "divided by 10 after epochs 1, 2" in training and "AdamW" in training
     row = page.locator("#results tr").nth(3).inner_text().split()
     assert row[:2] == ["blå", f"{metrics['per_class']['blå']['precision']:.3f}"]
     images = page.evaluate("[...document.images].map(x => x.naturalWidth)")
@@ -310,12 +311,14 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     numbers = r"<strong>[^<]*</strong>"
     assert re.findall(numbers, before) == re.findall(numbers, after)
     assert before.count("data:image/png") == after.count("data:image/png") == 7 + 12
-    monkeypatch.setattr(figures, "draw_all", lambda *_: None)  # Once is enough.
+    languages = []  # Drawing once is enough.
+    monkeypatch.setattr(figures, "draw_all", lambda *arguments: languages.append(arguments[-1]))
     # Another report, another checksum.
     sums = dict(line.split()[::-1] for line in (again / "SHA256SUMS").read_text().splitlines())
     content = (again / "report.html").read_bytes()
     assert sums["report.html"] == hashlib.sha256(content).hexdigest()
     assert main.main(["report", str(again), "--language", "pl"]) == 0
+    assert languages == ["pl"]
     page = open_page(again / "report.html")
     assert page.locator("html").get_attribute("lang") == "pl"
     assert "Cięcie obrazu na łatki" in page.locator("#patches h2").inner_text()
@@ -323,9 +326,25 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     assert "token klasy" in page.locator("#query").inner_text()
 
 
-def test_both_languages_say_the_same_things():
-    folder = pathlib.Path(report.__file__).parent / "templates"
+def test_a_run_and_its_explanations_in_polish_have_polish_pictures(run, monkeypatch, tmp_path):
+    languages = []
+    monkeypatch.setattr(figures, "draw_all", lambda *arguments: languages.append(arguments[-1]))
+    sizes = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--batch-size=8"]
+    words = ["--dataset=digits", "--limit-train=16", "--epochs=1", "--language=pl"]
+    assert main.main(["train", *sizes, *words, f"--output={tmp_path / 'run'}"]) == 0
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    titles = re.findall('"title": "([^"]*)"', page)
+    assert any(re.fullmatch(r"przewidziana: \d,\\nprawdziwa: \d", title) for title in titles)
+    monkeypatch.setattr(
+        figures, "draw_attention_rollout", lambda *_, language: languages.append(language)
+    )
+    image = run.parent / "images" / "blå" / "0.png"
+    words = ["-o", str(tmp_path / "explained"), "--language=pl"]
+    assert main.main(["explain", str(run / "model.keras"), str(image), *words]) == 0
+    assert languages == ["pl", "pl"]
 
+
+def test_both_languages_say_the_same_things():
     def shape(value):
         if isinstance(value, dict):
             return {key: shape(inner) for key, inner in value.items()}
@@ -333,10 +352,7 @@ def test_both_languages_say_the_same_things():
             return [shape(inner) for inner in value]
         return sorted(re.findall(r"\{\{?.*?\}", value))
 
-    english, polish = (
-        shape(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-        for name in ("en", "pl")
-    )
+    english, polish = (shape(load_texts(language)) for language in ("en", "pl"))
     assert english == polish
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint gives each variable back to the one of its name, or says which names differ."""
+"""A checkpoint restores variables by name, or reports which ones differ."""
 
 import hashlib
 import io
@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from keras_vit.training import checkpoints
-from keras_vit.training.checkpoints import Checkpoint, OtherVariables
+from keras_vit.training.checkpoints import Checkpoint, DifferentVariables
 from keras_vit_cli import train
 
 
-class MomentsExchanged(keras.optimizers.AdamW):
-    """AdamW that makes its variables in another order."""
+class ReorderedAdamW(keras.optimizers.AdamW):
+    """AdamW that creates its variables in another order."""
 
     def build(self, variables):
         if self.built:
@@ -28,7 +28,7 @@ class MomentsExchanged(keras.optimizers.AdamW):
 
 
 def compiled(optimizer="adamw", units=4, dtype="float32", seed=0):
-    """A model full of random numbers, in which only the last layer has a name of its own."""
+    """A model with random variables, in which only the last layer has an explicit name."""
     layers = [keras.layers.Dense(4, dtype=dtype), keras.layers.Dropout(0.5, dtype=dtype)]
     layers += [
         keras.layers.Dense(4, dtype=dtype),
@@ -48,8 +48,8 @@ def compiled(optimizer="adamw", units=4, dtype="float32", seed=0):
     return model
 
 
-def stored(folder, model):
-    """The state of a model after it was written to a file and read again."""
+def saved(folder, model):
+    """The state of a model, saved to a file and loaded restored."""
     copy = checkpoints.copy_of_state(model)
     checkpoints.save(folder, Checkpoint(1, 0, [], 0.0, "", copy))
     return checkpoints.newest(folder)
@@ -69,9 +69,9 @@ def ema_of_muon():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("optimizer", [lambda: "adamw", ema_of_muon], ids=["adamw", "muon"])
-def test_a_model_takes_the_state_of_an_earlier_one(optimizer, dtype, tmp_path):
+def test_a_new_model_restores_the_state_of_an_earlier_one(optimizer, dtype, tmp_path):
     first = compiled(optimizer(), dtype=dtype)
-    checkpoint = stored(tmp_path, first)
+    checkpoint = saved(tmp_path, first)
     second = compiled(optimizer(), dtype=dtype, seed=1)
     assert {x.path for x in first.variables} != {x.path for x in second.variables}
     checkpoint.assign(second)
@@ -83,9 +83,9 @@ def test_a_model_takes_the_state_of_an_earlier_one(optimizer, dtype, tmp_path):
         assert any(x.endswith(f"/{name}") for x in names), name
 
 
-def test_what_an_optimizer_keeps_goes_where_it_belongs_in_any_order(tmp_path):
-    expected, model = compiled(), compiled(MomentsExchanged(name="adam_w"), seed=1)
-    stored(tmp_path, expected).assign(model)
+def test_optimizer_slots_are_restored_in_any_order(tmp_path):
+    expected, model = compiled(), compiled(ReorderedAdamW(name="adam_w"), seed=1)
+    saved(tmp_path, expected).assign(model)
     for ours, theirs in zip(model.optimizer._momentums, expected.optimizer._momentums):
         np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (ours, theirs)))
 
@@ -106,37 +106,37 @@ def test_what_an_optimizer_keeps_goes_where_it_belongs_in_any_order(tmp_path):
             r"adam_w/iteration is \(\) int\d+ in .* and missing in the model",
         ),
     ],
-    ids=["shape", "type", "optimizer"],
+    ids=["shape", "dtype", "optimizer"],
 )
-def test_a_model_of_other_variables_is_left_alone_and_the_difference_named(
+def test_a_model_with_different_variables_is_left_unchanged_and_the_difference_reported(
     build, difference, tmp_path
 ):
-    checkpoint, model = stored(tmp_path, compiled()), build()
+    checkpoint, model = saved(tmp_path, compiled()), build()
     before = checkpoints.copy_of_state(model)
-    with pytest.raises(OtherVariables, match=rf"than the model: .*{difference}.* and \d+ more$"):
+    with pytest.raises(DifferentVariables, match=rf"of the model: .*{difference}.* and \d+ more$"):
         checkpoint.assign(model)
     for name, array in checkpoints.copy_of_state(model).items():
         np.testing.assert_array_equal(array, before[name])
 
 
 @pytest.mark.parametrize("name", ["keras", "keras_vit"])
-def test_another_version_is_told_and_obeyed(name, monkeypatch, tmp_path):
+def test_a_checkpoint_of_another_version_is_restored_with_a_warning(name, monkeypatch, tmp_path):
     model = compiled()
-    checkpoint = stored(tmp_path, model)
+    checkpoint = saved(tmp_path, model)
     now = {**checkpoints.versions(), name: "9.9.9"}
     monkeypatch.setattr(checkpoints, "versions", lambda: now)
     with pytest.warns(UserWarning, match=f"written by keras .* is resumed with .*{name} 9.9.9"):
         checkpoint.assign(model)
 
 
-def test_a_checkpoint_from_before_variables_had_names_is_refused_in_one_line(tmp_path):
+def test_a_checkpoint_without_variable_names_is_refused_with_a_one_line_error(tmp_path):
     buffer = io.BytesIO()
     place = {"epoch": 1, "batch": 0, "rows": [], "seconds": 0.0, "data": ""}
     np.savez(buffer, place=json.dumps(place), **{"0": np.ones(3)})
     content = buffer.getvalue()
     path = tmp_path / "step-000001-00000000.checkpoint"
     path.write_bytes(hashlib.sha256(content).digest() + content)
-    with pytest.raises(OtherVariables, match="was written by an older version of keras_vit") as old:
+    with pytest.raises(DifferentVariables, match="written by an older version of keras_vit") as old:
         checkpoints.newest(tmp_path)
     failure = train.explained(old.value, None)
     assert str(path) in str(failure) and "start over with --overwrite" in str(failure)
@@ -147,14 +147,15 @@ def test_a_checkpoint_from_before_variables_had_names_is_refused_in_one_line(tmp
     "dtype",
     [bool, "int64", "uint32", "float16", "float64", ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn],
 )
-def test_arrays_of_any_type_come_back_bit_for_bit(dtype, tmp_path):
-    numbers = np.array([[0, 1, 0.5], [-1, 3, 7]]).astype(dtype)
-    arrays = {"numbers": numbers, "turned": numbers.T, "one": numbers[0, 1], "none": numbers[:0]}
+def test_arrays_of_any_dtype_are_restored_bit_for_bit(dtype, tmp_path):
+    values = np.array([[0, 1, 0.5], [-1, 3, 7]]).astype(dtype)
+    arrays = {"matrix": values, "transposed": values.T, "scalar": values[0, 1], "empty": values[:0]}
     arrays = {name: np.asarray(array) for name, array in arrays.items()}
     checkpoints.save(tmp_path, Checkpoint(1, 2, [{"loss": 0.5}], 0.0, "", arrays))
-    again = checkpoints.newest(tmp_path)
-    assert (again.epoch, again.batch, again.rows) == (1, 2, [{"loss": 0.5}])
-    assert list(again.arrays) == list(arrays)
+    restored = checkpoints.newest(tmp_path)
+    assert (restored.epoch, restored.batch, restored.rows) == (1, 2, [{"loss": 0.5}])
+    assert list(restored.arrays) == list(arrays)
     for name, array in arrays.items():
-        assert (again.arrays[name].dtype, again.arrays[name].shape) == (array.dtype, array.shape)
-        assert again.arrays[name].tobytes() == array.tobytes()
+        ours = restored.arrays[name]
+        assert (ours.dtype, ours.shape) == (array.dtype, array.shape)
+        assert ours.tobytes() == array.tobytes()

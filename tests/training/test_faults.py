@@ -1,8 +1,8 @@
-"""A run that is killed anywhere, or finds its files damaged, loses nothing: `pytest -m faults`.
+"""Runs survive being killed at any time and damaged files: `pytest -m faults`.
 
-Runs are children of a server that has imported Keras already, so that a start takes seconds.
-Every checkpoint notes a digest of its arrays: after a kill, the same step must come out with the
-same bits as in a run that was left alone.
+Runs are forked from a server that has imported Keras already, so that they start in seconds. A
+digest of each checkpoint is logged: after a kill, the same step must be bitwise identical to that
+of an uninterrupted run.
 """
 
 import collections
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.faults,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="for systems with fork and SIGKILL"),
     pytest.mark.skipif(
-        keras.backend.backend() == "torch", reason="exact on TensorFlow and JAX alone"
+        keras.backend.backend() == "torch", reason="bitwise reproducible on TensorFlow and JAX only"
     ),
 ]
 
@@ -45,13 +45,13 @@ context.set_forkserver_preload(
 
 @pytest.fixture(scope="module", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Without one, each child on JAX compiles the same programs anew."""
+    """Without it, each child process on JAX compiles the same programs again."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def run(folder, epochs, die_at, output):
-    """What a child does: `train.py` in a folder; dies at the so-manieth write if asked to."""
+    """The child process: runs `train.py` in a folder; killed at write number `die_at`, if any."""
     from keras_vit.training import checkpoints
     from keras_vit_cli import main, train
 
@@ -60,7 +60,7 @@ def run(folder, epochs, die_at, output):
     os.dup2(output, 2)
     save = checkpoints.save
 
-    def noted(place, checkpoint):
+    def recorded(place, checkpoint):
         save(place, checkpoint)
         digest = hashlib.sha256()
         for array in checkpoint.arrays.values():
@@ -68,8 +68,8 @@ def run(folder, epochs, die_at, output):
         with open(folder / "notes.txt", "a") as notes:
             notes.write(f"{checkpoint.epoch} {checkpoint.batch} {digest.hexdigest()}\n")
 
-    checkpoints.save = noted
-    train.draw = lambda *_: None  # Pictures take seconds and are tested elsewhere.
+    checkpoints.save = recorded
+    train.draw = lambda *_: None  # Drawing takes seconds and is tested elsewhere.
     if die_at:
         _die_at(die_at)
     arguments = [f"--epochs={epochs}", f"--save-every={SAVE_EVERY}", *DATA, *SIZES]
@@ -78,7 +78,7 @@ def run(folder, epochs, die_at, output):
 
 
 def _die_at(count):
-    """Kills this process in the midst of its so-manieth flush or rename."""
+    """Kills this process at its `count`-th fsync or rename."""
     calls = iter(range(1, 10**9))
 
     def deadly(function):
@@ -116,7 +116,7 @@ def notes(folder):
 
 
 def kill_after(folder, count, **options):
-    """Starts a run and kills it once it has written so many checkpoints."""
+    """Starts a run and kills it after `count` checkpoints."""
     process = start(folder, **options)
     wait_for_notes(process, folder, count)
     os.kill(process.pid, signal.SIGKILL)
@@ -130,24 +130,24 @@ def wait_for_notes(process, folder, count):
 
 
 def result(folder):
-    """Everything that must not depend on what happened on the way."""
+    """All results that must not depend on interruptions."""
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
-    numbers = {key: metrics[key] for key in ("accuracy", "loss", "per_class", "epochs")}
+    metrics = {key: metrics[key] for key in ("accuracy", "loss", "per_class", "epochs")}
     models = {
         name: [x.tolist() for x in keras.saving.load_model(folder / "run" / name).get_weights()]
         for name in ("model.keras", "best.keras")
     }
-    return numbers, (folder / "run" / "history.csv").read_text(), models
+    return metrics, (folder / "run" / "history.csv").read_text(), models
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """For a number of epochs, the notes and the result of a run that is left alone."""
+def uninterrupted(tmp_path_factory):
+    """For a number of epochs, the digests and the result of an uninterrupted run."""
     known = {}
 
     def of(epochs):
         if epochs not in known:
-            folder = tmp_path_factory.mktemp(f"undisturbed-{epochs}")
+            folder = tmp_path_factory.mktemp(f"uninterrupted-{epochs}")
             finish(folder, epochs=epochs)
             digests = {(epoch, batch): digest for epoch, batch, digest in notes(folder)}
             known[epochs] = digests, result(folder), folder
@@ -157,14 +157,14 @@ def undisturbed(tmp_path_factory):
 
 
 def lost_epochs(folder):
-    """Most epochs that a kill cost: between the last checkpoint before and the first after it."""
+    """Most epochs lost by a kill: between the last checkpoint before and the first after it."""
     steps = [int(epoch) * STEPS + int(batch) for epoch, batch, _ in notes(folder)]
     back = [before + SAVE_EVERY - after for before, after in zip(steps, steps[1:])]
     return max(back, default=0) // STEPS
 
 
-def assert_nothing_lost(folder, undisturbed, epochs):
-    digests, expected, _ = undisturbed(epochs)
+def assert_nothing_lost(folder, uninterrupted, epochs):
+    digests, expected, _ = uninterrupted(epochs)
     for epoch, batch, digest in notes(folder):
         assert digest == digests[epoch, batch], f"epoch {epoch}, batch {batch} differs"
     assert result(folder) == expected
@@ -177,15 +177,15 @@ def two_at_a_time(function, items):
 
 
 def kill_often(folder, seed):
-    """Kills a run again and again, and lets it end; returns how often."""
-    luck = random.Random(seed)
+    """Kills a run repeatedly, then lets it finish; returns the number of kills."""
+    rng = random.Random(seed)
     for kills in range(KILLS):
         process = start(folder)
         before = len(notes(folder))
-        # Some die before they learn anything, most soon after a checkpoint or within one.
-        wanted = before + luck.choice([0, 1, 1, 2, 3])
-        wait_for_notes(process, folder, wanted)
-        time.sleep(luck.uniform(0, 0.05) if wanted > before else luck.uniform(0, 4))
+        # Some are killed before the first step, most soon after a checkpoint or while writing one.
+        target = before + rng.choice([0, 1, 1, 2, 3])
+        wait_for_notes(process, folder, target)
+        time.sleep(rng.uniform(0, 0.05) if target > before else rng.uniform(0, 4))
         if not process.is_alive():
             return kills
         os.kill(process.pid, signal.SIGKILL)
@@ -195,20 +195,20 @@ def kill_often(folder, seed):
     return KILLS
 
 
-def test_kills_at_random_moments(undisturbed, tmp_path):
-    undisturbed(EPOCHS)
+def test_kills_at_random_moments(uninterrupted, tmp_path):
+    uninterrupted(EPOCHS)
     folders = [tmp_path / "first", tmp_path / "second"]
     kills = two_at_a_time(lambda folder: kill_often(folder, folder.name), folders)
     assert kills == [KILLS, KILLS], "the runs were over too early: make them longer"
     for folder in folders:
-        assert_nothing_lost(folder, undisturbed, EPOCHS)
+        assert_nothing_lost(folder, uninterrupted, EPOCHS)
     lost = max(lost_epochs(folder) for folder in folders)
     FAULTS["kills at random moments"] = (sum(kills), sum(kills), lost, 0)
 
 
-def test_a_kill_inside_every_write(undisturbed, tmp_path):
-    """One epoch of two checkpoints, its numbers and its model: each flush and rename in turn."""
-    undisturbed(1)
+def test_a_kill_inside_every_write(uninterrupted, tmp_path):
+    """Kills at each fsync and rename of a run of one epoch, in turn."""
+    uninterrupted(1)
 
     def is_reached(count):
         folder = tmp_path / str(count)
@@ -219,7 +219,7 @@ def test_a_kill_inside_every_write(undisturbed, tmp_path):
         assert process.exitcode == -signal.SIGKILL, (folder / "output.txt").read_text()[-2000:]
         if not is_finished(folder):
             finish(folder, epochs=1)
-        assert_nothing_lost(folder, undisturbed, 1)
+        assert_nothing_lost(folder, uninterrupted, 1)
         shutil.rmtree(folder)
         return True
 
@@ -234,19 +234,19 @@ def test_a_kill_inside_every_write(undisturbed, tmp_path):
 
 
 def flipped(content):
-    """With another bit in the middle; of settings, in the first letter, whatever their length."""
+    """Flips a bit in the middle; in JSON, in the first key, so that its length does not matter."""
     at = content.find(b'"') + 1 if content[:1] == b"{" else len(content) // 2
     return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize(
-    "damage", [flipped, lambda content: content[: len(content) // 2]], ids=["flipped", "cut off"]
+    "damage", [flipped, lambda content: content[: len(content) // 2]], ids=["flipped", "truncated"]
 )
-def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
-    """Whatever file is hit, the run goes on to the same end, or says which file to give up."""
+def test_damage_to_each_file_of_a_run_directory(damage, uninterrupted, tmp_path):
+    """Whichever file is damaged, the run resumes to the same result, or names the bad file."""
     source = tmp_path / "source"
     kill_after(source, STEPS // SAVE_EVERY + 4, epochs=3)
-    undisturbed(3)
+    uninterrupted(3)
     files = (path for path in (source / "run").rglob("*") if path.is_file())
     paths = sorted(path for path in files if not path.name.startswith("."))
 
@@ -258,24 +258,24 @@ def test_damage_of_every_file_of_a_folder(damage, undisturbed, tmp_path):
         process = start(folder, epochs=3)
         process.join(240)
         if process.exitcode == 0:
-            assert_nothing_lost(folder, undisturbed, 3)
+            assert_nothing_lost(folder, uninterrupted, 3)
             return True
         last = last_line(folder)
         assert process.exitcode == 2, last
         assert last.startswith("error: ") and path.name in last
-        # Nothing else holds what these held.
+        # The content of these files cannot be recovered.
         assert path.name in ("best.keras", "config.json"), last
         return False
 
     tried, survived = len(paths), sum(two_at_a_time(survives, paths))
     assert tried >= 4
-    name = f"files {'flipped' if damage is flipped else 'cut off'}"
+    name = f"files {'flipped' if damage is flipped else 'truncated'}"
     FAULTS[name] = (tried, survived, 0, tried)
 
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of its own that has room for little more than one checkpoint."""
+    """A separate file system with room for little more than one checkpoint."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(folder)]
@@ -293,17 +293,17 @@ def last_line(folder):
     return (folder / "output.txt").read_text().strip().splitlines()[-1]
 
 
-def test_a_disk_that_is_full(undisturbed, small_disk):
+def test_a_full_disk(uninterrupted, small_disk):
     finish(small_disk, status=1, epochs=1)
     assert last_line(small_disk).startswith("error: ")
     assert "No space left on device" in last_line(small_disk)
     remount(small_disk, "size=50m")
     finish(small_disk, epochs=1)
-    assert_nothing_lost(small_disk, undisturbed, 1)
+    assert_nothing_lost(small_disk, uninterrupted, 1)
     FAULTS["full disk"] = (1, 1, 0, 0)
 
 
-def test_a_disk_that_has_become_read_only(undisturbed, small_disk, tmp_path):
+def test_a_disk_that_becomes_read_only(uninterrupted, small_disk, tmp_path):
     remount(small_disk, "size=50m")
     kill_after(small_disk, 4, epochs=3)
     remount(small_disk, "ro")
@@ -313,11 +313,11 @@ def test_a_disk_that_has_become_read_only(undisturbed, small_disk, tmp_path):
     assert last_line(tmp_path).endswith("cannot be written to: Read-only file system")
     remount(small_disk, "rw")
     finish(small_disk, epochs=3)
-    assert_nothing_lost(small_disk, undisturbed, 3)
+    assert_nothing_lost(small_disk, uninterrupted, 3)
     FAULTS["read-only disk"] = (1, 1, 0, 0)
 
 
-def test_a_folder_that_is_removed(tmp_path):
+def test_a_run_directory_that_is_removed(tmp_path):
     folder = tmp_path / "here"
     process = start(folder, epochs=EPOCHS, output=tmp_path)
     wait_for_notes(process, folder, 4)
@@ -329,7 +329,7 @@ def test_a_folder_that_is_removed(tmp_path):
 
 
 def test_open_files_and_memory_do_not_grow(tmp_path):
-    """200 epochs of a tiny run in this process."""
+    """A tiny run of 200 epochs in this process."""
     from test_training import colours, small_recipe
 
     from keras_vit import training

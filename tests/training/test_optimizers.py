@@ -1,4 +1,4 @@
-"""Muon against Keras's own on matrices, and which variables of a model are taken for such."""
+"""Muon against Keras's own on matrices, and the variables that it treats as matrices."""
 
 import keras
 import numpy as np
@@ -13,8 +13,8 @@ def to_numpy(tensor):
     return ops.convert_to_numpy(ops.cast(tensor, "float32"))
 
 
-def learned(optimizer, variables, gradients):
-    """The variables as arrays after a step for each list of gradients."""
+def updated(optimizer, variables, gradients):
+    """The variables as arrays after one step for each list of gradients."""
     optimizer.build(variables)
     for step in gradients:
         optimizer.apply([ops.convert_to_tensor(x) for x in step], variables)
@@ -26,14 +26,14 @@ def noise(seed, *shape):
 
 
 def by_keras(arrays, gradients, **options):
-    """What `keras.optimizers.Muon` makes of matrices."""
+    """Matrices updated by `keras.optimizers.Muon`."""
     variables = [keras.Variable(x, name=f"matrix_{i}") for i, x in enumerate(arrays)]
     options = {"learning_rate": 0.01, "weight_decay": 0.1, **options}
-    return learned(keras.optimizers.Muon(**options), variables, gradients)
+    return updated(keras.optimizers.Muon(**options), variables, gradients)
 
 
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_matrices_learn_what_keras_s_muon_teaches_them(nesterov):
+def test_matrices_are_updated_as_by_keras_s_muon(nesterov):
     shapes = [(6, 6), (6, 12), (12, 6), (6, 6)]
     arrays = [noise(i, *shape) for i, shape in enumerate(shapes)]
     gradients = [[noise(10 * i + j, *shape) for j, shape in enumerate(shapes)] for i in range(3)]
@@ -41,18 +41,18 @@ def test_matrices_learn_what_keras_s_muon_teaches_them(nesterov):
     for i, array in enumerate(arrays):
         with keras.name_scope(f"layer_{i}"):
             variables.append(keras.Variable(array, name="kernel"))
-    found = learned(Muon(0.01, weight_decay=0.1, nesterov=nesterov), variables, gradients)
-    for ours, theirs in zip(found, by_keras(arrays, gradients, nesterov=nesterov), strict=True):
+    results = updated(Muon(0.01, weight_decay=0.1, nesterov=nesterov), variables, gradients)
+    for ours, theirs in zip(results, by_keras(arrays, gradients, nesterov=nesterov), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-def test_projections_of_attention_are_matrices_and_the_rest_is_adamw_s():
+def test_attention_projections_are_matrices_and_the_rest_is_left_to_adamw():
     layer = MultiHeadAttention(num_heads=2, key_dim=3)
     layer.build((None, 5, 6), (None, 5, 6))
     variables = layer.trainable_variables
     arrays = [to_numpy(variable) for variable in variables]
     gradients = [[noise(20 * i + j, *x.shape) for j, x in enumerate(arrays)] for i in range(2)]
-    found = learned(Muon(0.01, weight_decay=0.1), variables, gradients)
+    results = updated(Muon(0.01, weight_decay=0.1), variables, gradients)
     kernels = [i for i, x in enumerate(arrays) if x.ndim == 3]
     assert len(kernels) == 4
 
@@ -62,17 +62,17 @@ def test_projections_of_attention_are_matrices_and_the_rest_is_adamw_s():
     matrices = [pick(step, kernels, 6, 6) for step in gradients]
     expected = by_keras(pick(arrays, kernels, 6, 6), matrices)
     for i, theirs in zip(kernels, expected, strict=True):
-        np.testing.assert_allclose(found[i].reshape(6, 6), theirs, atol=2e-5)
+        np.testing.assert_allclose(results[i].reshape(6, 6), theirs, atol=2e-5)
 
     biases = [i for i in range(len(arrays)) if i not in kernels]
     others = [keras.Variable(arrays[i]) for i in biases]
     adamw = keras.optimizers.AdamW(0.01, weight_decay=0.1)
-    expected = learned(adamw, others, [pick(step, biases) for step in gradients])
+    expected = updated(adamw, others, [pick(step, biases) for step in gradients])
     for i, theirs in zip(biases, expected, strict=True):
-        np.testing.assert_allclose(found[i], theirs, atol=1e-6)
+        np.testing.assert_allclose(results[i], theirs, atol=1e-6)
 
 
-def test_other_kernels_are_left_to_adamw_or_keep_their_sides():
+def test_convolutions_are_left_to_adamw_and_dense_kernels_named_like_projections_are_not():
     layers = [keras.layers.Conv2D(8, 3), keras.layers.Dense(8, name="attention_output")]
     for layer in layers:
         layer.build((None, 6, 6, 4))
@@ -87,18 +87,18 @@ def test_other_kernels_are_left_to_adamw_or_keep_their_sides():
 
 
 @pytest.mark.parametrize("options", [{"exclude_layers": "head"}, {"iteration_dtype": "bf16"}])
-def test_arguments_that_would_do_nothing_are_refused(options):
+def test_invalid_arguments_are_refused(options):
     with pytest.raises(ValueError, match=f"Received: {next(iter(options))}="):
         Muon(**options)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="of TensorFlow alone")
-def test_several_replicas_of_tensorflow_are_refused(monkeypatch):
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="TensorFlow only")
+def test_several_tensorflow_replicas_are_refused(monkeypatch):
     import tensorflow as tf
 
     strategy = type("Strategy", (), {"num_replicas_in_sync": 2})()
     monkeypatch.setattr(tf.distribute, "get_strategy", lambda: strategy)
-    with pytest.raises(ValueError, match="one replica"):
+    with pytest.raises(ValueError, match="one replica.*Received: num_replicas_in_sync=2"):
         Muon().build([keras.Variable(np.ones((2, 2)), name="kernel")])
 
 
@@ -117,18 +117,18 @@ def test_the_matrices_of_a_model_are_the_kernels_of_its_blocks():
     assert all(x.startswith("block_") and x.endswith("/kernel") for x in matrices)
 
 
-def test_a_step_turns_any_gradient_into_one_of_singular_values_near_one():
+def test_updates_have_singular_values_close_to_one():
     matrix = keras.Variable(np.zeros((16, 32), "float32"), name="kernel")
-    (found,) = learned(Muon(0.5, weight_decay=0.0), [matrix], [[1e-3 * noise(3, 16, 32)]])
-    sizes = np.linalg.svd(found / (0.5 * 0.2 * 32**0.5), compute_uv=False)
+    (results,) = updated(Muon(0.5, weight_decay=0.0), [matrix], [[1e-3 * noise(3, 16, 32)]])
+    sizes = np.linalg.svd(results / (0.5 * 0.2 * 32**0.5), compute_uv=False)
     # The iteration ends between these bounds (Jordan et al., 2024).
     assert sizes.min() > 0.6 and sizes.max() < 1.3
 
 
-def test_bfloat16_iterates_to_nearly_the_same():
+def test_the_iteration_in_bfloat16_is_close_to_float32():
     gradient = noise(4, 24, 24)
     full, half = (
-        learned(
+        updated(
             Muon(0.1, weight_decay=0.0, iteration_dtype=dtype),
             [keras.Variable(np.zeros((24, 24), "float32"), name="kernel")],
             [[gradient]],
@@ -139,7 +139,7 @@ def test_bfloat16_iterates_to_nearly_the_same():
     np.testing.assert_allclose(half, full, atol=0.1 * np.abs(full).max())
 
 
-def test_a_model_compiled_with_muon_trains_and_survives_a_file(tmp_path):
+def test_a_model_compiled_with_muon_trains_and_can_be_saved_and_loaded(tmp_path):
     model = small_model()
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3)).astype("uint8")
     labels = np.arange(32) % 10

@@ -1,3 +1,5 @@
+"""Schedules, the optimizer of a recipe, and training runs on small data sets."""
+
 import csv
 import dataclasses
 
@@ -23,16 +25,16 @@ SMALL = {"patch_size": 4, "embed_dim": 16, "mlp_dim": 32, "num_heads": 2, "depth
 
 
 def colours(count=96):
-    """Images of three classes that a glance at the colour tells apart."""
+    """Images of three classes that differ in their colour."""
     labels = np.arange(count) % 3
     noise = np.random.default_rng(0).integers(0, 60, (count, 8, 8, 3))
     images = (noise + 180 * np.eye(3)[labels][:, None, None]).astype("uint8")
     return Dataset("colours", images, labels, images[:9], labels[:9], ["r", "g", "b"], True)
 
 
-def small_model(dataset):
+def small_model(dataset, **settings):
     keras.utils.set_random_seed(0)
-    return build_model(dataset, small_recipe())
+    return build_model(dataset, small_recipe(**settings))
 
 
 def small_recipe(**settings):
@@ -43,7 +45,7 @@ def small_recipe(**settings):
 
 
 @pytest.mark.parametrize(
-    ("epochs", "falls", "rates"),
+    ("epochs", "drops", "factors"),
     [
         (160, [100, 150], {0: 1, 99: 1, 100: 0.1, 149: 0.1, 150: 0.01, 159: 0.01}),
         (10, [6, 9], {5: 1, 6: 0.1, 8: 0.1, 9: 0.01}),
@@ -51,14 +53,14 @@ def small_recipe(**settings):
         (1, [1, 1], {0: 1}),
     ],
 )
-def test_the_rate_falls_to_a_tenth_at_each_milestone(epochs, falls, rates):
-    schedule, epochs_of_falls = step_schedule(3e-4, epochs, RECIPES["baseline"].milestones)
-    assert epochs_of_falls == falls
-    for epoch, share in rates.items():
-        assert schedule(epoch) == pytest.approx(3e-4 * share)
+def test_the_learning_rate_drops_to_a_tenth_at_each_milestone(epochs, drops, factors):
+    schedule, found = step_schedule(3e-4, epochs, RECIPES["baseline"].milestones)
+    assert found == drops
+    for epoch, factor in factors.items():
+        assert schedule(epoch) == pytest.approx(3e-4 * factor)
 
 
-def test_a_cosine_rises_in_the_warmup_and_falls_to_zero():
+def test_a_cosine_schedule_warms_up_and_decays_to_zero():
     recipe = dataclasses.replace(
         RECIPES["baseline"], epochs=10, schedule="cosine", warmup=0.2, learning_rate=1e-3
     )
@@ -70,7 +72,7 @@ def test_a_cosine_rises_in_the_warmup_and_falls_to_zero():
         assert float(rate(step)) == pytest.approx(expected, abs=1e-8)
 
 
-def test_a_cosine_is_followed_step_by_step_and_written_down(tmp_path):
+def test_a_cosine_schedule_is_applied_at_each_step_and_recorded(tmp_path):
     dataset = colours()
     recipe = small_recipe(epochs=3, schedule="cosine")
     history = fit(small_model(dataset), dataset, recipe, run_dir=tmp_path)
@@ -79,7 +81,7 @@ def test_a_cosine_is_followed_step_by_step_and_written_down(tmp_path):
     assert "learning_rate" in (tmp_path / "history.csv").read_text().splitlines()[0]
 
 
-def test_the_recipe_sets_up_the_optimizer():
+def test_the_optimizer_has_the_settings_of_the_recipe():
     dataset = colours()
     model = small_model(dataset)
     compile_model(model, RECIPES["baseline"])
@@ -90,7 +92,7 @@ def test_the_recipe_sets_up_the_optimizer():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("kernels_only", [False, True])
-def test_weight_decay_shrinks_kernels_and_spares_the_rest_where_wanted(optimizer, kernels_only):
+def test_weight_decay_applies_to_kernels_and_optionally_to_other_variables(optimizer, kernels_only):
     model = small_model(colours())
     recipe = small_recipe(
         optimizer=optimizer, weight_decay=0.5, learning_rate=0.1, decay_kernels_only=kernels_only
@@ -105,7 +107,7 @@ def test_weight_decay_shrinks_kernels_and_spares_the_rest_where_wanted(optimizer
         np.testing.assert_allclose(keras.ops.convert_to_numpy(variable), expected, rtol=1e-6)
 
 
-def test_float16_scales_the_loss():
+def test_loss_scaling_is_used_with_float16():
     dataset = colours()
     model = build_model(dataset, small_recipe(optimizer="muon"), "mixed_float16")
     compile_model(model, small_recipe(optimizer="muon"))
@@ -114,7 +116,7 @@ def test_float16_scales_the_loss():
 
 
 def test_operations_are_counted():
-    """Two blocks on four patches of 16 numbers, with a class token and without."""
+    """Two blocks on four patches, with embeddings of size 16, with and without class token."""
     recipe = small_recipe(depth=2, patch_size=4)
     queries_output_mlp, keys_values = 2 * 16 * 16 + 2 * 16 * 32, 2 * 16 * 16
     embedding = 4 * 48 * 16
@@ -125,7 +127,7 @@ def test_operations_are_counted():
     assert operations(recipe, (8, 8, 3)) == 2 * (3 * products + 2 * embedding)
 
 
-def test_training_learns_and_leaves_its_history(tmp_path):
+def test_training_reduces_the_loss_and_writes_its_history(tmp_path):
     dataset = colours()
     dataset, validation = dataset.hold_out(24, seed=0)
     model = small_model(dataset)
@@ -149,10 +151,10 @@ def test_training_learns_and_leaves_its_history(tmp_path):
     assert np.mean(predicted == labels) == pytest.approx(max(history["val_accuracy"]))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
 @pytest.mark.parametrize("at_once", [4, 100], ids=["some steps", "an epoch"])
-def test_steps_run_as_one_program_learn_what_single_ones_learn(at_once, monkeypatch):
-    """With a GPU, JAX gets batches from the device, several of them at a time."""
+def test_steps_in_one_program_train_the_same_model_as_single_steps(at_once, monkeypatch):
+    """With a GPU, JAX reads batches from the device and runs several steps per dispatch."""
     results = []
     for accelerated in (False, True):
         for module in (batches, fitting):
@@ -183,7 +185,7 @@ def test_the_same_seed_trains_the_same_model():
         assert np.allclose(first, second, atol=1e-6)
 
 
-def test_each_epoch_shows_its_own_order_of_images(monkeypatch):
+def test_each_epoch_has_its_own_order_of_images(monkeypatch):
     dataset = colours(48)
     started, read = [], []
 

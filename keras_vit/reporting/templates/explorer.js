@@ -12,18 +12,18 @@
     made.textContent = text;
     return made;
   };
-  // Here token 0 is what the head reads, the others are the patches, row by row. Without a class
-  // token it is the mean of the patches, and the matrices hold the patches alone.
+  // On this page token 0 is what the head reads, and tokens 1, 2, ... are the patches, row by row.
+  // Without a class token, token 0 is the mean of the patches, and the matrices have no row for it.
   const shift = data.class_token ? 0 : 1;
-  const whole = data.class_token ? texts.class_token : texts.mean_of_patches;
+  const pooled = data.class_token ? texts.class_token : texts.mean_of_patches;
   const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
-  // Two digits are what 8 bits can tell.
-  const digits = (share) => (100 * share).toFixed(share < 0.1 ? 1 : 0).replace(".", texts.decimal);
-  const percent = (share) => digits(share) + " %";
-  const named = (token) => token === 0 ? whole
+  // With 8 bits per score, only two digits are significant.
+  const digits = (weight) => (100 * weight).toFixed(weight < 0.1 ? 1 : 0).replace(".", texts.decimal);
+  const percent = (weight) => digits(weight) + " %";
+  const nameOf = (token) => token === 0 ? pooled
     : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
 
-  // Attention of one head: of each entry, the root of its share of the row's largest was stored.
+  // The attention matrix of one head. Stored are square roots of scores relative to the maximum of their row.
   function attentionOf(block, head) {
     const matrix = new Float32Array(tokens * tokens);
     const start = ((state.image * blocks + block) * heads + head) * tokens;
@@ -39,7 +39,7 @@
     return matrix;
   }
 
-  // All heads of a block as one matrix; or one of them.
+  // The heads of a block fused into one matrix, or the matrix of the selected head.
   function fused(block) {
     if (!isNaN(state.head)) return attentionOf(block, Number(state.head));
     const all = Array.from({ length: heads }, (_, head) => attentionOf(block, head));
@@ -47,7 +47,7 @@
     return Float32Array.from(all[0], (_, index) => fuse(all.map((matrix) => matrix[index])));
   }
 
-  // What a block adds to the rollout: attention without its smallest entries, and the residual.
+  // The factor of a block in the rollout: attention without its smallest weights, plus the residual connection.
   function step(block) {
     const matrix = fused(block), count = Math.floor(tokens * tokens * state.discard);
     if (count > 0) {
@@ -63,16 +63,16 @@
     return matrix;
   }
 
-  const kept = { key: "", steps: [] };
+  const cache = { key: "", steps: [] };
   function steps() {
     const key = [state.image, state.head, state.residual, state.discard].join();
-    if (kept.key !== key) Object.assign(kept, { key, steps: Array.from({ length: blocks }, (_, block) => step(block)) });
-    return kept.steps;
+    if (cache.key !== key) Object.assign(cache, { key, steps: Array.from({ length: blocks }, (_, block) => step(block)) });
+    return cache.steps;
   }
 
-  // The query's row of the product of all steps up to a block, from the last one to the first.
+  // The query's row of the product of all steps up to a block, multiplied from the last to the first.
   function rollout(upTo) {
-    let row = asked();
+    let row = queryWeights();
     for (let block = upTo - 1; block >= 0; block--) {
       const matrix = steps()[block], next = new Float64Array(tokens);
       for (let i = 0; i < tokens; i++) if (row[i]) for (let j = 0; j < tokens; j++) next[j] += row[i] * matrix[i * tokens + j];
@@ -81,8 +81,8 @@
     return row;
   }
 
-  // Weights of the rows of a matrix that the query stands for.
-  function asked() {
+  // The weight of each row of a matrix in the query: a single row, or all of them for the mean.
+  function queryWeights() {
     const row = new Float64Array(tokens);
     if (shift && state.query === 0) return row.fill(1 / tokens);
     row[state.query - shift] = 1;
@@ -91,11 +91,11 @@
 
   function attended(block) {
     const matrix = fused(block - 1), row = new Float64Array(tokens);
-    asked().forEach((weight, i) => { if (weight) for (let j = 0; j < tokens; j++) row[j] += weight * matrix[i * tokens + j]; });
+    queryWeights().forEach((weight, i) => { if (weight) for (let j = 0; j < tokens; j++) row[j] += weight * matrix[i * tokens + j]; });
     return row;
   }
 
-  // By token, for what is shown: nothing attends to a mean.
+  // The weight of each token in the current view. No token attends to the mean of the patches.
   function weights(block) {
     const row = state.view === "rollout" ? rollout(block) : attended(block);
     return shift ? Float64Array.from([0, ...row]) : row;
@@ -105,7 +105,7 @@
     canvas.width = columns;
     canvas.height = rows;
     const patches = Array.from(values).slice(1);
-    // A residual leaves most of a patch's weight with itself, beside which all others look alike.
+    // With the residual connection, most of a patch's weight stays with itself and would hide the others.
     let others = patches.filter((_, index) => index + 1 !== state.query);
     if (others.length === 0) others = patches;
     const low = Math.min(...others), high = Math.max(...others);
@@ -115,11 +115,11 @@
     return [low, high];
   }
 
-  const viridis = (share) => {
-    const place = share * (colours.length - 1), below = Math.min(Math.floor(place), colours.length - 2);
-    return [0, 1, 2].map((i) => colours[below][i] + (place - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
+  const viridis = (fraction) => {
+    const position = fraction * (colours.length - 1), below = Math.min(Math.floor(position), colours.length - 2);
+    return [0, 1, 2].map((i) => colours[below][i] + (position - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
   };
-  const shade = (share) => [0, 0, 0, 255 * 0.75 * (1 - share)];
+  const shade = (fraction) => [0, 0, 0, 255 * 0.75 * (1 - fraction)];
 
   function mark(selector, token) {
     document.querySelectorAll(".explorer " + selector).forEach((box) => {
@@ -152,16 +152,16 @@
     const readout = $("#readout");
     readout.replaceChildren();
     element("strong", readout, data.images[state.image].title);
-    element("div", readout, `${texts.from} ${named(state.query)}${state.pinned ? " · " + texts.pinned : ""}`).id = "query";
+    element("div", readout, `${texts.from} ${nameOf(state.query)}${state.pinned ? " · " + texts.pinned : ""}`).id = "query";
     const said = element("div", readout);
     said.id = "target";
-    if (state.target !== null) said.textContent = `${texts.to} ${named(state.target)}: ${percent(values[state.target])}`;
-    // One line is read aloud for each move, not the whole list.
+    if (state.target !== null) said.textContent = `${texts.to} ${nameOf(state.target)}: ${percent(values[state.target])}`;
+    // Screen readers announce one line per move, not the whole list.
     $("#said").textContent = said.textContent || $("#query").textContent;
     if (data.class_token) element("div", readout, `${texts.to} ${texts.class_token}: ${percent(values[0])}`).id = "to-class";
     const list = element("ol", readout);
     Array.from(values.keys()).slice(1).sort((a, b) => values[b] - values[a]).slice(0, 5)
-      .forEach((token) => element("li", list, `${named(token)}: ${percent(values[token])}`));
+      .forEach((token) => element("li", list, `${nameOf(token)}: ${percent(values[token])}`));
 
     document.querySelectorAll(".growth button").forEach((button, index) => {
       button.setAttribute("aria-pressed", index + 1 === state.block);
@@ -208,7 +208,7 @@
   if (shift) $("#class-token").textContent = texts.from_mean;
   $("#class-token").onclick = () => set({ query: 0, pinned: false, target: null });
 
-  // Pointing chooses where attention comes from; a click or tap keeps it, pointing then reads the weights.
+  // Pointing selects the query patch. A click or tap pins it; pointing then shows the weight of each patch.
   for (const panel of document.querySelectorAll(".explorer .panel")) {
     const under = (event) => {
       const box = panel.getBoundingClientRect();

@@ -1,0 +1,105 @@
+"""Progressive resizing: a run that starts on smaller images, for more epochs in the same time.
+
+A smaller image has fewer patches, which cost less. The weights fit images of any size but for the
+position embeddings, which are interpolated when the images grow (as Dosovitskiy et al., 2021, do
+before fine-tuning at a higher resolution).
+"""
+
+import typing
+
+import numpy as np
+from keras import ops
+
+from keras_vit.layers import RandomResizedCrop
+from keras_vit.training.checkpoints import state_of
+
+
+class Stage(typing.NamedTuple):
+    """Epochs of a run on images of one size.
+
+    Attributes:
+        end: int, the number of epochs after which it ends.
+        size: pair `(height, width)` of the training images after their augmentation, in pixels.
+    """
+
+    end: int
+    size: tuple[int, int]
+
+
+def stages_of(recipe, image_shape):
+    """The stages of a run, the last one on images of full size.
+
+    Args:
+        recipe: a `Recipe`.
+        image_shape: tuple `(H, W, C)`.
+
+    Returns:
+        List of `Stage`; those without an epoch are left out.
+    """
+    height, width, _ = image_shape
+    patch, stages = recipe.patch_size, []
+    for scale, milestone in zip(recipe.image_scales, recipe.image_scale_milestones):
+        end = min(round(milestone * recipe.epochs), recipe.epochs - 1)
+        size = tuple(max(1, round(scale * side / patch)) * patch for side in (height, width))
+        if end > (stages[-1].end if stages else 0):
+            stages.append(Stage(end, size))
+    return [*stages, Stage(recipe.epochs, (height, width))]
+
+
+def resized(model, size):
+    """A model with the weights of another one, whose crops give images of another size.
+
+    Args:
+        model: a `VisionTransformer` with a `RandomResizedCrop` among its augmentation.
+        size: pair `(height, width)` in pixels.
+
+    Returns:
+        A `VisionTransformer`. Its position embeddings are new.
+    """
+    config = model.get_config()
+    layers = [
+        {**layer, "config": {**layer["config"], "height": size[0], "width": size[1]}}
+        if layer["class_name"] == RandomResizedCrop.__name__
+        else layer
+        for layer in config["augmentation"]
+    ]
+    other = type(model).from_config({**config, "augmentation": layers})
+    for variable, new in zip(model.variables, other.variables, strict=True):
+        if variable.shape == new.shape:
+            new.assign(variable)
+    return other
+
+
+def transfer(source, target):
+    """Gives a model the state of another one that was compiled alike, optimizer and seeds included.
+
+    Position embeddings, and what the optimizer keeps of them, are interpolated.
+
+    Args:
+        source: a `VisionTransformer`, compiled.
+        target: one that differs only in the size of its images after the augmentation.
+    """
+    grids = [_grid(model) for model in (source, target)]
+    for variable, other in zip(state_of(source), state_of(target), strict=True):
+        value = ops.convert_to_numpy(variable)
+        if value.shape != tuple(other.shape):
+            value = _interpolated(value, *grids)
+        other.assign(value)
+
+
+def _grid(model):
+    """Rows and columns of a model's patches."""
+    patches = model.get_layer("patches")
+    return tuple(side // patches.patch_size for side in patches.input.shape[1:3])
+
+
+def _interpolated(table, before, after):
+    """One row `(1, T, D)` for each position, for another grid; a class token keeps its own."""
+    count = before[0] * before[1]
+    token, patches = table[:, :-count], table[:, -count:]
+    patches = patches.reshape(1, *before, -1).astype("float32")
+    patches = ops.image.resize(
+        patches, after, "bilinear", antialias=True, data_format="channels_last"
+    )
+    patches = ops.convert_to_numpy(patches).reshape(1, after[0] * after[1], -1)
+    return np.concatenate([token, patches.astype(table.dtype)], axis=1)
