@@ -48,7 +48,7 @@ def _write_explorer(options, model, shown):
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
-    print(f"The first {count} of them to look into: {path}")
+    print(f"Attention explorer of {count} images: {path}")
 
 
 def _free_name(folder, path, taken):

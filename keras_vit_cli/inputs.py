@@ -37,7 +37,7 @@ def class_names(model):
 
 
 def load_suitable(model, path, name, data_dir):
-    """The data set of a name, whose images and classes must be what the model of a path takes."""
+    """Loads a data set and checks that it matches the model."""
     if not name:
         raise CommandError("--dataset must not be empty")
     # The model knows what it takes; a folder is resized to that.
@@ -51,7 +51,7 @@ def load_suitable(model, path, name, data_dir):
 
 
 def check_suits(model, path, dataset):
-    """Raises a `CommandError` unless images and classes are what the model of a path takes."""
+    """Raises a `CommandError` unless images and classes match the model."""
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
         raise CommandError(f"{path} takes images of {expected}, {dataset.name} has {found}")

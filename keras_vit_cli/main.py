@@ -29,7 +29,7 @@ def train(arguments=None, prog="train.py", figures_dir: str | None = "figures"):
     Args:
         arguments: list of strings; by default the process's own.
         prog: string, what the user typed before them.
-        figures_dir: string, where pictures go if nobody says; None for the run directory.
+        figures_dir: string, default folder of the pictures; None for the run directory.
     """
     return _ended(_train, arguments, prog, figures_dir)
 
@@ -117,7 +117,9 @@ def parse(arguments):
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
     output_format.add_argument("--csv", action="store_true", help="one line per image and class")
     explain.add_argument("--html", action="store_true", help="the attention explorer as well")
-    explain.add_argument("--language", choices=LANGUAGES, default="en", help="its language")
+    explain.add_argument(
+        "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"
+    )
     export.add_argument(
         "--format", metavar="NAME", required=True, help="onnx, saved_model or litert"
     )

@@ -11,7 +11,7 @@ def option(default, help, low=None, high=None, below=None, above=None, choices=N
     """A field that becomes a command line option.
 
     Args:
-        default: its value where nobody says otherwise.
+        default: default value.
         help: string, its line in `--help`.
         low, high: smallest and largest value that are allowed.
         above, below: values between which it must lie, both excluded.
@@ -28,9 +28,8 @@ class Recipe:
     Attributes:
         description: string, what it trains and how.
         result: string, what that reached, with data, seeds, hardware and time.
-        cpu_epochs: int, epochs where there is no GPU and nobody says how many.
-        images_seen: int, images that a run shows in all epochs together if nobody says how many
-            epochs.
+        cpu_epochs: int, number of epochs without a GPU, unless `--epochs` is given.
+        images_seen: int, training images in all epochs together, unless `--epochs` is given.
     """
 
     description: str = ""
@@ -183,8 +182,8 @@ RECIPES = {
         label_smoothing=0.1,
     ),
     "digits": Recipe(
-        description="scikit-learn's 1,438 training digits, for where there is no other data; "
-        "kernels alone decay. The scans have 8x8 pixels, so that a patch of 8x8 out of 32x32 holds "
+        description="scikit-learn's 1,438 training digits, used when no other data set is "
+        "available; kernels alone decay. The scans have 8x8 pixels, so that a patch of 8x8 out of 32x32 holds "
         "four.",
         result="98.6 % of the 359 test digits, seed 0, in under three minutes on two cores of an "
         "Intel Xeon.",

@@ -9,7 +9,7 @@ import tempfile
 from keras_vit.data import is_folder
 from keras_vit.files import CHECKSUMS, PARTS, RunLocked, locked, write_checksums, write_json
 from keras_vit.loading import ModelError, check_archive
-from keras_vit.training import BEST_MODEL, CHECKPOINTS, HISTORY, TIMING
+from keras_vit.training import BEST_MODEL, CHECKPOINT_NAMES, CHECKPOINTS, HISTORY, TIMING
 from keras_vit_cli.errors import CommandError
 from keras_vit_cli.settings import current_names
 
@@ -58,7 +58,7 @@ class RunDirectory:
 
     @property
     def has_checkpoint(self):
-        return any(self.checkpoints.glob("*.checkpoint"))
+        return any(self.checkpoints.glob(CHECKPOINT_NAMES))
 
     @property
     def is_finished(self):
@@ -75,7 +75,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def prepared(self, settings, backend):
-        """Makes the folder, locks it, and leaves in it what the run starts or resumes from.
+        """Makes and locks the folder, and clears it for a new run or keeps what a run resumes from.
 
         Args:
             settings: `Settings` of the run.
@@ -119,7 +119,7 @@ class RunDirectory:
 
     def remove_checkpoints(self):
         """Removes the checkpoints, and their folder unless other files lie there."""
-        for path in self.checkpoints.glob("*.checkpoint"):
+        for path in self.checkpoints.glob(CHECKPOINT_NAMES):
             path.unlink()
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()

@@ -29,7 +29,7 @@ class Settings:
 
     Attributes:
         training: `Recipe`, the recipe named with the values that the user changed.
-        named: dictionary, the settings that the user named.
+        named: dictionary, the settings that the user gave.
     """
 
     dataset: str = option(
@@ -47,7 +47,7 @@ class Settings:
     validation: int = option(0, "training images held out to validate on after each epoch", low=0)
     recipe: str | None = option(
         None,
-        "settings to start from (default: baseline; digits has its own)",
+        f"settings to start from (default: {DEFAULT_RECIPE}; digits has its own)",
         choices=tuple(RECIPES),
     )
     seed: int = option(
@@ -147,7 +147,7 @@ def parse(arguments=None, prog="train.py"):
 
 
 def resolve(named):
-    """All settings out of those that somebody named.
+    """Completes the settings that the user gave with defaults.
 
     Args:
         named: dictionary of values by the names of `OPTIONS`.

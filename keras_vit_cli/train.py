@@ -29,8 +29,7 @@ def run(settings, figures_dir=None):
 
     Args:
         settings: `Settings`.
-        figures_dir: string, where pictures go if the settings name no place; None for the run
-            directory.
+        figures_dir: string, default folder of the pictures; None for the run directory.
     """
     start = time.perf_counter()
     figures_dir = settings.figures_dir or figures_dir
@@ -39,7 +38,7 @@ def run(settings, figures_dir=None):
         check_writable(figures_dir, "--figures-dir")
     RunDirectory.of(settings).check(settings.overwrite)
     settings, dataset = load(settings)
-    run_dir = RunDirectory.of(settings)  # Another one where other data had to do.
+    run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     run_dir.check(settings.overwrite)
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     try:
@@ -113,7 +112,7 @@ def check_device(settings):
 def load(settings):
     """The `Dataset` of a run, and its settings.
 
-    Where nobody named a data set and the default one cannot be loaded, these are the digits.
+    Falls back to the digits if no data set was given and the default one cannot be loaded.
     """
     try:
         return settings, load_dataset(settings.dataset, settings.data_dir, settings.image_size)
@@ -128,7 +127,7 @@ def load(settings):
 
 
 def with_epochs(settings, images):
-    """The settings with as many epochs as suit the images and the device, unless somebody said."""
+    """The settings with the number of epochs for these images and this device, unless given."""
     if "epochs" in settings.named:
         return settings
     epochs, reason = settings.training.epochs_for(images, bool(devices.accelerators()))

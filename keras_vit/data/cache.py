@@ -1,7 +1,7 @@
 """The cache of decoded image folders, in the user's cache directory.
 
 All images are decoded once, on all cores, into one file; an array of more than 2 GiB is
-memory-mapped.
+memory-mapped. Arrays that were not used for the longest time are removed.
 """
 
 import concurrent.futures
@@ -19,6 +19,8 @@ from keras_vit.files import PARTS, atomic_write, write_json
 
 # Larger arrays are memory-mapped.
 IN_MEMORY = 2 * 2**30
+# The arrays that were used last are kept up to this size in all, and at least the current one.
+MOST_CACHED = 20 * 2**30
 # Temporary files of killed processes are removed after this many seconds.
 ABANDONED = 24 * 3600
 
@@ -84,17 +86,32 @@ def decoded(folder, files, size):
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
             with atomic_write(array) as part:
-                unreadable = _decode(paths, size or common_size(paths), part)
+                unreadable = _decode(paths, size or common_size(paths), part, place)
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
+        os.utime(array)  # Used now.
+        _remove_oldest(place, array)
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
         images = np.load(array, mmap_mode="r")
         images = images[: len(files) - len(unreadable)]
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
 
 
-def _decode(files, size, part):
+def _remove_oldest(place, current):
+    """Removes the arrays that were not used for the longest time, until the others are small."""
+    arrays = sorted(place.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in arrays:
+        total += path.stat().st_size
+        if total > MOST_CACHED and path != current:
+            # Another process may be faster, or read it: its memory map stays valid, but on Windows.
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.with_suffix(".json").unlink()
+
+
+def _decode(files, size, part, place):
     """Writes the readable images to one .npy file; returns error messages by path."""
     import keras
 
@@ -105,7 +122,7 @@ def _decode(files, size, part):
         with open(part, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
     bar = keras.utils.Progbar(len(files), unit_name="image")
-    print(f"Decoding {len(files):,} images to {size[0]}x{size[1]} pixels, once")
+    print(f"Decoding {len(files):,} images to {size[0]}x{size[1]} pixels, once, into {place}")
 
     def read(path):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from keras_vit.data.folders import TEST, TRAIN, VALIDATION, ImageFile
+from keras_vit.data.folders import TEST, TEST_FRACTION, TRAIN, VALIDATION, ImageFile
 
 # Data sets whose classes are not invariant to horizontal flips, such as digits.
 NOT_MIRRORED = {
@@ -26,8 +26,8 @@ NOT_MIRRORED = {
 SHORT = 12
 # The split of images that `limit_train` leaves out.
 UNUSED = "unused"
-# Fraction of the images held out as test set if a source has none, and its fixed seed.
-TEST_FRACTION, TEST_SEED = 0.2, 0
+# Of the split of data without a test set; it never changes.
+TEST_SEED = 0
 
 
 class DatasetError(RuntimeError):

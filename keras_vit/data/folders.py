@@ -12,6 +12,8 @@ from keras_vit.files import visible
 
 # Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
+# Fraction of the images that becomes the test set where a source has none.
+TEST_FRACTION = 0.2
 # Names of the folders beside `train`: the first that exists is the test set, the next one the
 # validation set.
 OTHER_FOLDERS = ("test", "val", "validation")
@@ -40,7 +42,7 @@ class ImageFile:
     moved: bool = False
 
 
-def list_folder(folder, test_fraction=0.2):
+def list_folder(folder, test_fraction=TEST_FRACTION):
     """The manifest of a folder of images: the split of each file.
 
     Without `test` or `val` beside `train`, a hash of a file's path relative to the folder decides

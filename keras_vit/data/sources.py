@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from keras_vit.data.arrays import load_digits, load_npz
-from keras_vit.data.dataset import NOT_MIRRORED, SHORT, TEST_FRACTION, Dataset, DatasetError
+from keras_vit.data.dataset import NOT_MIRRORED, SHORT, Dataset, DatasetError
 from keras_vit.data.folders import (
     COPY,
     TEST,
@@ -96,7 +96,7 @@ def load_unseen(
     """
     path = pathlib.Path(folder).expanduser()
     with _dataset_errors(path):
-        listed, names = list_folder(path, TEST_FRACTION)
+        listed, names = list_folder(path)
         class_names = list(names if class_names is None else class_names)
         others = ", ".join(name for name in names if name not in class_names)
         if not set(names) & set(class_names):
@@ -131,7 +131,7 @@ def load_unseen(
 
 def _load_folder(folder, image_size):
     with _dataset_errors(folder):
-        files, names = list_folder(folder, TEST_FRACTION)
+        files, names = list_folder(folder)
         check_trainable(folder, files, names)
         images, files = read_folder(folder, files, image_size)
         check_trainable(folder, files, names)

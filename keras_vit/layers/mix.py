@@ -1,4 +1,4 @@
-"""MixUp and CutMix inside the model: the layer mixes images, the loss their labels."""
+"""MixUp and CutMix inside the model: `VisionTransformer.compute_loss` mixes the labels."""
 
 import keras
 from keras import ops

@@ -1,6 +1,10 @@
-"""Training a model from a recipe, in runs that can be interrupted at any time and resumed."""
+"""Training a model from a recipe, in runs that can be interrupted at any time and resumed.
+
+A recipe is any object with the fields of `keras_vit_cli.recipes.Recipe`.
+"""
 
 from keras_vit.training.checkpoints import FOLDER as CHECKPOINTS
+from keras_vit.training.checkpoints import NAMES as CHECKPOINT_NAMES
 from keras_vit.training.checkpoints import DifferentVariables
 from keras_vit.training.fitting import build_model, compile_model, fit
 from keras_vit.training.flops import costs_of_epochs, operations
@@ -19,6 +23,7 @@ from keras_vit.training.schedules import step_schedule
 __all__ = [
     "BEST_MODEL",
     "CHECKPOINTS",
+    "CHECKPOINT_NAMES",
     "HISTORY",
     "TIMING",
     "Diverged",

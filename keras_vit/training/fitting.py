@@ -13,8 +13,8 @@ from keras_vit.training.checkpoints import FOLDER, newest
 from keras_vit.training.flops import costs_of_epochs
 from keras_vit.training.journal import Journal
 from keras_vit.training.optimizers import Muon
+from keras_vit.training.progressive_resizing import resized, stages_of, transfer
 from keras_vit.training.schedules import learning_rate, step_schedule
-from keras_vit.training.stages import resized, stages_of, transfer
 
 # Training steps per dispatch with JAX on an accelerator.
 STEPS_AT_ONCE = 32
@@ -100,7 +100,8 @@ def fit(
     """Compiles and trains a model with a recipe, resuming from the newest checkpoint if any.
 
     Args:
-        model: a `VisionTransformer`, adapted to the training images.
+        model: a `VisionTransformer`, adapted to the training images. With progressive resizing
+            (`recipe.image_scales`), smaller ones are trained first, and it takes over their state.
         dataset: a `Dataset`.
         recipe: a `Recipe`.
         seed: int, seed of the order of the images.
@@ -126,14 +127,14 @@ def fit(
     stages = stages_of(recipe, dataset.image_shape)
     checkpoint = run_dir and newest(run_dir / FOLDER)
     last_epoch = checkpoint.last_epoch if checkpoint else 0
-    place = next(place for place, stage in enumerate(stages) if last_epoch < stage.end)
+    first = next(i for i, stage in enumerate(stages) if last_epoch < stage.end)
 
-    def compiled(stage):
+    def model_of(stage):
         at_size = model if stage is stages[-1] else resized(model, stage.size)
         compile_model(at_size, recipe, batches.num_batches)
         return at_size
 
-    current = compiled(stages[place])
+    current = model_of(stages[first])
     data = digest(dataset) if run_dir else ""
     costs = costs_of_epochs(recipe, dataset.image_shape)
     journal = Journal(current, batches, run_dir, save_every, data, costs, checkpoint)
@@ -143,6 +144,7 @@ def fit(
     ]
     if recipe.schedule == "milestones":
         schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        # Before the journal, whose checkpoints hold the optimizer's rate.
         callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
     if tensorboard and run_dir:
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
@@ -156,18 +158,19 @@ def fit(
     }
 
     def fit_until(epochs):
+        """Trains the current model, which grows with the images, up to a number of epochs."""
         if journal.epoch < epochs:
             current.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
 
     with journal.running():
-        # The rest of an interrupted epoch.
+        # The rest of an interrupted epoch: the number of its batches differs from the others'.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
-        fit_until(stages[place].end)
-        for stage in stages[place + 1 :]:
-            smaller, current = current, compiled(stage)
+        fit_until(stages[first].end)
+        for stage in stages[first + 1 :]:
+            smaller, current = current, model_of(stage)
             transfer(smaller, current)
             fit_until(stage.end)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]

@@ -1,6 +1,6 @@
 """Training cost in floating point operations."""
 
-from keras_vit.training.stages import stages_of
+from keras_vit.training.progressive_resizing import stages_of
 
 
 def operations(recipe, image_shape):

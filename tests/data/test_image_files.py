@@ -498,3 +498,33 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, message):
 def test_an_image_size_is_only_for_folders():
     with pytest.raises(data.DatasetError, match="is only for folders of images"):
         load_dataset("digits", image_size=48)
+
+
+def test_the_cache_keeps_the_arrays_that_were_used_last(tmp_path, monkeypatch):
+    folders_of_images = []
+    for name in ("first", "second", "third"):
+        folder = tmp_path / name
+        for class_name in ("a", "b"):
+            (folder / class_name).mkdir(parents=True)
+            for index in range(6):
+                pixels = np.random.default_rng(index).integers(0, 255, (16, 16, 3))
+                path = folder / class_name / f"{name}-{index}.png"
+                Image.fromarray((pixels + len(name)).astype("uint8")).save(path)
+        folders_of_images.append(folder)
+    arrays = tmp_path / "cache" / "keras_vit"
+    first, second, third = folders_of_images
+    load_dataset(str(first))
+    (oldest,) = arrays.glob("*.npy")
+    size = oldest.stat().st_size
+    load_dataset(str(second))
+    (other,) = set(arrays.glob("*.npy")) - {oldest}
+    os.utime(other, (1, 1))
+    load_dataset(str(first))  # Used again, so that the second one is older now.
+    monkeypatch.setattr(image_cache, "MOST_CACHED", 2 * size)
+    load_dataset(str(third))
+    kept = set(arrays.glob("*.npy"))
+    assert oldest in kept and other not in kept and len(kept) == 2
+    assert not other.with_suffix(".json").exists()
+    monkeypatch.setattr(image_cache, "MOST_CACHED", 0)
+    assert len(load_dataset(str(second)).train_labels)  # Decoded again, and kept while it is used.
+    assert len(set(arrays.glob("*.npy"))) == 1

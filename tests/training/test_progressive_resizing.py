@@ -8,7 +8,7 @@ import pytest
 from test_training import colours, small_model, small_recipe
 
 from keras_vit.training import compile_model, costs_of_epochs, fit, operations
-from keras_vit.training.stages import Stage, resized, stages_of, transfer
+from keras_vit.training.progressive_resizing import Stage, resized, stages_of, transfer
 from keras_vit_cli.recipes import RECIPES
 
 GROWING = {"image_scales": (0.5,), "image_scale_milestones": (0.5,)}
