@@ -183,8 +183,8 @@ RECIPES = {
     ),
     "digits": Recipe(
         description="scikit-learn's 1,438 training digits, used when no other data set is "
-        "available; kernels alone decay. The scans have 8x8 pixels, so that a patch of 8x8 out of 32x32 holds "
-        "four.",
+        "available; kernels alone decay. The scans have 8x8 pixels, so that a patch of 8x8 out of "
+        "32x32 holds four.",
         result="98.6 % of the 359 test digits, seed 0, in under three minutes on two cores of an "
         "Intel Xeon.",
         images_seen=43_140,
