@@ -168,9 +168,9 @@ def test_a_plain_run_is_the_assignment_on_every_machine(
 def test_a_recipe_that_promises_a_number_of_images_takes_more_epochs_of_fewer(capsys, monkeypatch):
     monkeypatch.setattr(devices, "accelerators", list)
     quick, strong = (settings.resolve({"recipe": name}) for name in ("quick", "strong"))
-    for images, epochs in {50_000: 4, 45_000: 4, 3_068: 65, 1_000_000: 1}.items():
+    for images, epochs in {50_000: 8, 45_000: 9, 3_068: 130, 1_000_000: 1}.items():
         assert train_command.with_epochs(quick, images).training.epochs == epochs
-        line = f"Training for {epochs} epochs (200,000 images seen; --epochs N changes that)."
+        line = f"Training for {epochs} epochs (400,000 images seen; --epochs N changes that)."
         assert capsys.readouterr().out == line + "\n"
     assert train_command.with_epochs(strong, 3_068) == strong
 

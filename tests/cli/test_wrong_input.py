@@ -241,13 +241,13 @@ FUNCTIONS = {
         augmentation=[keras.layers.Flatten(name="flatten_1")]
     ),
     "patch_size=4, height=6, width=8": lambda: small(augmentation=[keras.layers.Resizing(6, 8)]),
-    "'dropout' twice. Pass `name` to this SpatialDropout2D": lambda: small(
+    "'dropout' twice. Pass another `name` to this SpatialDropout2D": lambda: small(
         augmentation=[keras.layers.SpatialDropout2D(0.1, name="dropout")]
     ),
     "'flip' twice": lambda: small(
         augmentation=[keras.layers.RandomFlip("horizontal", name="flip")] * 2
     ),
-    "'mix', a MixUp of Keras's": lambda: small(
+    "'mix', a `keras.layers.MixUp`": lambda: small(
         augmentation=[keras.layers.Pipeline([keras.layers.MixUp(name="mix")])]
     ),
     "Received: images.shape=(0, 8, 8, 3)": lambda: small().adapt(np.zeros((0, 8, 8, 3))),
