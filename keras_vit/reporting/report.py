@@ -283,6 +283,7 @@ def _tables(texts, facts):
                 for name in ("warmup", "label_smoothing", "stochastic_depth")
                 if config.get(name)
             },
+            **_image_scales(config),
             "batch_size": config["batch_size"],
             "training_time": f"{minutes} min {seconds} s",
             "versions": ", ".join(
@@ -290,6 +291,15 @@ def _tables(texts, facts):
             ),
         },
     }
+
+
+def _image_scales(config):
+    """The row about progressive resizing, if the run had any."""
+    scales = config.get("image_scales")
+    if not scales:
+        return {}
+    ends = [f" ({milestone:.0%})" for milestone in config["image_scale_milestones"]]
+    return {"image_scales": " → ".join(f"{x:.0%}{y}" for x, y in zip([*scales, 1], [*ends, ""]))}
 
 
 def _source(name):
