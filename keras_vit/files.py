@@ -12,6 +12,9 @@ except ImportError:  # Windows
     fcntl = None
 
 
+# What Synology, macOS's archives, Linux and Windows leave in folders of people's files.
+SYSTEM_NAMES = {"@eadir", "__macosx", "lost+found", "thumbs.db", "desktop.ini", "$recycle.bin"}
+TEXT_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".log"}
 PARTS = ".part-*"  # Temporary files of atomic writes.
 CHECKSUMS = "SHA256SUMS"
 
@@ -55,10 +58,20 @@ def _sync_directory(folder):
             os.close(descriptor)
 
 
+def is_system_name(name):
+    """Whether files and folders of this name are hidden, or left by a system or an archive."""
+    return name.startswith(".") or name.casefold() in SYSTEM_NAMES
+
+
 def visible(folder):
-    """Sorted files in and below a folder, without hidden ones and those in hidden folders."""
+    """Sorted files in and below a folder, without hidden ones, those of systems, and texts."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [x for x in paths if not any(y.startswith(".") for y in x.relative_to(folder).parts)]
+    return [
+        path
+        for path in paths
+        if path.suffix.casefold() not in TEXT_SUFFIXES
+        and not any(map(is_system_name, path.relative_to(folder).parts))
+    ]
 
 
 def write_json(path, content):

@@ -8,18 +8,22 @@ import unicodedata
 
 from keras_vit.data import cache
 from keras_vit.data.images import ImageError
-from keras_vit.files import visible
+from keras_vit.files import is_system_name, visible
 
 # Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
 # Fraction of the images that becomes the test set where a source has none.
 TEST_FRACTION = 0.2
-# Names of the folders beside `train`: the first that exists is the test set, the next one the
-# validation set.
-OTHER_FOLDERS = ("test", "val", "validation")
 # Splits in the order of a manifest. Copies are not used: a later split has a file with the same
 # content.
 SPLITS = TRAIN, VALIDATION, TEST, COPY = "train", "validation", "test", "copy"
+
+# Names of folders of splits, in any case. Without a test set, the validation set is the test set.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), TRAIN),
+    **dict.fromkeys(("test", "testing"), TEST),
+    **dict.fromkeys(("val", "valid", "validation"), VALIDATION),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,16 +176,29 @@ def warn(message):
 
 def _parts(folder):
     """The folders that contain the class folders, by split."""
-    tops = {path.name: path for path in _sub_folders(folder)}
-    others = [tops[name] for name in OTHER_FOLDERS if name in tops]
-    if "train" in tops and "val" in tops and "validation" in tops:
-        raise ImageError(
-            f"{folder} has both 'val' and 'validation': expected one folder of validation "
-            "images, so merge them"
-        )
-    if "train" in tops and (others or len(tops) == 1):
-        return dict(zip((TRAIN, TEST, VALIDATION), (tops["train"], *others)))
-    return {TRAIN: folder}
+    folders = _sub_folders(folder)
+    tops = [(SPLIT_NAMES.get(path.name.casefold()), path) for path in folders]
+    # A class may be called "train", too: its images lie in that folder itself.
+    if not any(split == TRAIN and _sub_folders(path) for split, path in tops):
+        return {TRAIN: folder}
+    parts = {}
+    for split, path in tops:
+        if split is None:
+            raise ImageError(
+                f"{folder} has {path.name!r} beside folders of splits: expected either train, test "
+                "and val, or one folder per class"
+            )
+        if split in parts:
+            raise ImageError(
+                f"{folder} has both {parts[split].name!r} and {path.name!r}: expected one folder "
+                f"of {split} images, so merge them"
+            )
+        parts[split] = path
+    for split in (TEST, VALIDATION):
+        if split in parts and not _sub_folders(parts[split]) and visible(parts[split]):
+            warn(f"{parts.pop(split)} has no sub-folder per class: its images are not used")
+    others = [parts[split] for split in (TEST, VALIDATION) if split in parts]
+    return dict(zip((TRAIN, TEST, VALIDATION), (parts[TRAIN], *others)))
 
 
 def _hold_out(top, paths, fraction):
@@ -217,4 +234,4 @@ def _printable(path):
 
 def _sub_folders(folder):
     paths = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [path for path in paths if not path.name.startswith(".")]
+    return [path for path in paths if not is_system_name(path.name)]

@@ -344,6 +344,43 @@ def test_a_folder_can_be_split_already(tmp_path, test):
     assert dataset.test_labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("names", ["Train Test", "training testing", "TRAIN validation"])
+def test_names_of_splits_are_known_in_any_case(tmp_path, names):
+    train, test = names.split()
+    fill(tmp_path / "set" / train, ["a", "b"], 3)
+    fill(tmp_path / "set" / test, ["a", "b"], 2, size=(9, 8))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=16)
+    assert (len(dataset.train_labels), len(dataset.test_labels)) == (6, 4)
+    assert dataset.class_names == ["a", "b"]
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    fill(tmp_path / "set", ["car", "train"], 8)
+    assert load_dataset(str(tmp_path / "set")).class_names == ["car", "train"]
+
+
+def test_without_labels_for_the_test_images_the_validation_images_are_tested_on(tmp_path, capsys):
+    fill(tmp_path / "set" / "train", ["a", "b"], 3)
+    fill(tmp_path / "set" / "val", ["a", "b"], 2, size=(9, 8))
+    fill(tmp_path / "set", ["test"], 4, size=(8, 9))
+    dataset = load_dataset(str(tmp_path / "set"), image_size=16)
+    assert len(dataset.test_labels) == 4 and dataset.validation is None
+    assert "test has no sub-folder per class: its images are not used" in capsys.readouterr().err
+
+
+def test_what_systems_and_people_leave_beside_images_is_not_data(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 6)
+    expected = load_dataset(str(folder))
+    fill(folder, ["@eaDir", "__MACOSX", "lost+found"], 2)
+    fill(folder / "a", ["@eaDir"], 3)
+    for name in ("a/Thumbs.db", "a/desktop.ini", "b/notes.txt", "b/Labels.CSV", "README.md"):
+        (folder / name).write_text("no image")
+    dataset = load_dataset(str(folder))
+    assert dataset.class_names == ["a", "b"] and capsys.readouterr().err == ""
+    np.testing.assert_array_equal(dataset.train_images, expected.train_images)
+    np.testing.assert_array_equal(dataset.test_images, expected.test_images)
+
+
 def test_a_folder_with_only_train_is_split(tmp_path):
     fill(tmp_path / "set" / "train", ["a", "b"], 5)
     assert load_dataset(str(tmp_path / "set")).class_names == ["a", "b"]
@@ -448,7 +485,7 @@ def test_a_few_unreadable_files_are_left_out_with_a_warning(tmp_path, capsys):
     for _ in "decoded", "from the cache":
         load_dataset(str(folder))
         assert "left out b/br" in capsys.readouterr().err
-    (folder / "a" / "list.txt").write_text("no image")
+    (folder / "a" / "list.dat").write_text("no image")
     with pytest.raises(data.DatasetError, match="2 of 122 files in .*b/br"):
         load_dataset(str(folder))
 
@@ -458,6 +495,15 @@ def empty(folder):
 
 
 BROKEN = {
+    "has 'cats' beside folders of splits: expected either train": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root, ["cats"], 3),
+    ),
+    "has both 'test' and 'testing': expected one folder of test": lambda root: (
+        fill(root / "train", ["a", "b"], 3),
+        fill(root / "test", ["a", "b"], 3),
+        fill(root / "testing", ["a", "b"], 3),
+    ),
     "no images in sub-folders": lambda root: empty(root),
     "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),
     "class 'b' in .* has no images": lambda root: (fill(root, ["a"], 5), empty(root / "b")),
