@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 # Images with more pixels are rejected, as a small file can decompress to gigabytes. Pillow's limit.
 MOST_PIXELS = 89_478_485
@@ -46,7 +46,7 @@ def read_image(path, size=None, channels=3):
             if size is not None:
                 # JPEG can be decoded at an eighth, a quarter or half of its size at low cost.
                 image.draft(None, (4 * max(size), 4 * max(size)))
-            image = _rgb(ImageOps.exif_transpose(image))
+            image = _rgb(_upright(image))
             if channels == 1:
                 image = image.convert("L")
             if size is not None and image.size != size[::-1]:
@@ -75,12 +75,34 @@ def _size_of(path):
     """Height and width of an image after EXIF orientation; None if it cannot be read."""
     try:
         with _opened(path) as image:
-            is_transposed = image.getexif().get(0x0112, 1) >= 5
+            is_transposed = _orientation(image) in range(5, 9)
             return image.size if is_transposed else image.size[::-1]
     except TooLarge:
         raise
     except Exception:
         return None
+
+
+def _orientation(image):
+    """The orientation that EXIF data give an image, from 1 to 8; 1 if they cannot be read."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Damaged EXIF data raise errors of many kinds; the pixels may be intact.
+        return 1
+
+
+def _upright(image):
+    """An image as its EXIF orientation says that it is seen."""
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
 
 
 @functools.cache

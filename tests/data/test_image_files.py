@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import struct
 
 import keras
 import numpy as np
@@ -62,6 +63,34 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
     path = saved(tmp_path / "turned.png", stored, exif=exif)
     np.testing.assert_array_equal(read_image(path), shown)
     assert image_files._size_of(path) == shown.shape[:2]
+
+
+def entry(tag, kind, count, value):
+    """An entry of a directory of TIFF, little-endian."""
+    return struct.pack("<HHI", tag, kind, count) + value.ljust(4, b"\0")
+
+
+TURNED = entry(0x0112, 3, 1, b"\6")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [entry(0x0112, 2, 2, b"6")],  # The orientation in ASCII.
+        [TURNED, entry(0x011A, 5, 1, struct.pack("<I", 38))],  # A resolution of 0/0.
+        [TURNED, entry(0x8769, 2, 3, b"ab")],
+    ],
+    ids=["orientation in ASCII", "0/0", "a directory in ASCII"],
+)
+def test_odd_exif_data_do_not_make_an_image_unreadable(tmp_path, entries):
+    """`ImageOps.exif_transpose` would parse and write all of it, and needs the orientation only."""
+    count = struct.pack("<H", len(entries))
+    content = b"II*\0\x08\0\0\0" + count + b"".join(entries) + bytes(12)
+    path = tmp_path / "odd.jpg"
+    Image.fromarray(np.full((16, 24, 3), 200, "uint8")).save(path, exif=b"Exif\0\0" + content)
+    image = read_image(path)
+    assert image.shape == (24, 16, 3) and abs(int(image.mean()) - 200) < 3
+    assert image_files._size_of(path) == (24, 16)
 
 
 def grey_of_16_bits():
