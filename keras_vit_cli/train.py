@@ -60,7 +60,7 @@ def run(settings, figures_dir=None):
         figures.mkdir(parents=True, exist_ok=True)
         announce(settings, dataset, run_dir)
         before = time.perf_counter()
-        with explaining_failures(settings):
+        with explaining_failures(settings), ending_the_progress_bar():
             history = training.fit(
                 model,
                 dataset,
@@ -161,9 +161,18 @@ def explaining_failures(settings):
         failure = explained(error, settings)
         if failure is None:
             raise
-        with contextlib.suppress(OSError):  # Nobody may read any more.
-            print(flush=True)  # Ends the line of the progress bar.
         raise failure from error
+
+
+@contextlib.contextmanager
+def ending_the_progress_bar():
+    """Ends the line of Keras's progress bar if training fails: an error message follows."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # Nobody may read any more.
+            print(flush=True)
+        raise
 
 
 def explained(error, settings):
