@@ -98,7 +98,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkey
 def test_hidden_files_are_not_looked_at(place, capsys, tmp_path):
     for name in (".git", "seen"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "x.txt").write_text("no image")
+        (tmp_path / name / "x.dat").write_text("no image")
     assert run("predict", place / "run" / "model.keras", tmp_path) == 1
     assert capsys.readouterr().err.count("\n") == 1
 
