@@ -1,7 +1,6 @@
 """What ends a command, in one line."""
 
 import contextlib
-import sys
 
 
 class CommandError(Exception):
@@ -25,7 +24,3 @@ def explaining_failed_writes(folder):
             "What was saved before is still there",
             status=1,
         ) from error
-
-
-def warn(message):
-    print(f"WARNING: {message}", file=sys.stderr)

@@ -4,10 +4,11 @@ import json
 import pathlib
 import tempfile
 
+from keras_vit.data.folders import warn
 from keras_vit.reporting import figures, metrics
 from keras_vit.training import read_history, step_schedule
 from keras_vit_cli import backend
-from keras_vit_cli.errors import CommandError, explaining_failed_writes, warn
+from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
 from keras_vit_cli.run_directory import RunDirectory
 from keras_vit_cli.settings import read_config, resolve

@@ -24,7 +24,7 @@ class RunDirectory:
     """A run directory, by its path.
 
     Args:
-        path: string or `Path`; nothing is made there before `prepare`.
+        path: string or `Path`; nothing is made there before `prepared`.
     """
 
     def __init__(self, path):

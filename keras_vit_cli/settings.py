@@ -229,7 +229,7 @@ def _add_option(group, field):
     default = field.default
     note = ""
     if default is not None and kind is not bool:
-        shown = " ".join(f"{x:g}" for x in default) if kind is tuple else default
+        shown = _shown(default) if kind is tuple else default
         note = f" (default: {shown})"
     options = {"help": field.metadata["help"] + note}
     if kind is bool:
@@ -242,6 +242,11 @@ def _add_option(group, field):
         if choices is None:
             options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
     group.add_argument(_flag(field.name), **options)
+
+
+def _shown(numbers):
+    """Numbers as a command line has them."""
+    return " ".join(f"{x:g}" for x in numbers) or "none"
 
 
 def _flag(name):
@@ -289,15 +294,14 @@ def _check_together(name, recipe):
     for field in ("crop_scale", "crop_ratio"):
         pair = getattr(recipe, field)
         if len(pair) != 2 or pair[0] > pair[1]:
-            shown = " ".join(f"{x:g}" for x in pair)
             raise CommandError(
-                f"{_flag(field)} must be two numbers, the smaller one first, but is {shown}"
+                f"{_flag(field)} must be two numbers, the smaller one first, but is {_shown(pair)}"
             )
     scales, grown = recipe.image_scales, recipe.image_scale_milestones
     if len(scales) != len(grown) or sorted(scales) != list(scales) or sorted(grown) != list(grown):
         raise CommandError(
             "--image-scales and --image-scale-milestones must be as many numbers in rising order, "
-            f"but are {scales} and {grown}"
+            f"but are {_shown(scales)} and {_shown(grown)}"
         )
     if scales and not recipe.augmentation:
         raise CommandError("--image-scales needs --augmentation, whose crops resize the images")

@@ -9,10 +9,11 @@ import keras
 
 from keras_vit import devices, training
 from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
+from keras_vit.data.folders import warn
 from keras_vit.files import atomic_write, write_json
 from keras_vit.training.journal import duration
 from keras_vit_cli import backend
-from keras_vit_cli.errors import CommandError, explaining_failed_writes, warn
+from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.evaluate import measure
 from keras_vit_cli.report import draw, write_page
 from keras_vit_cli.run_directory import RunDirectory, check_writable
@@ -148,7 +149,7 @@ def announce(settings, dataset, run_dir):
     seconds = work / (EFFICIENCY * devices.operations_per_second(settings.precision))
     shorter = ""
     if "recipe" not in settings.named and seconds > 15 * 60:
-        shorter = "; `--recipe quick` takes about 10 minutes on two cores"
+        shorter = "; `--recipe quick` takes a fraction of that"
     print(f"This will take about {duration(seconds)}{shorter}.", flush=True)
 
 

@@ -90,23 +90,23 @@ def decoded(folder, files, size):
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
-        os.utime(array)  # Used now.
-        _remove_oldest(place, array)
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
         images = np.load(array, mmap_mode="r")
+        _remove_oldest(place, array)
         images = images[: len(files) - len(unreadable)]
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
 
 
 def _remove_oldest(place, current):
     """Removes the arrays that were not used for the longest time, until the others are small."""
-    arrays = sorted(place.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
-    total = 0
-    for path in arrays:
-        total += path.stat().st_size
-        if total > MOST_CACHED and path != current:
-            # Another process may be faster, or read it: its memory map stays valid, but on Windows.
-            with contextlib.suppress(OSError):
+    # The cache may be read-only, or another process faster.
+    with contextlib.suppress(OSError):
+        os.utime(current)  # Used now.
+        arrays = sorted(place.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
+        total = 0
+        for path in arrays:
+            total += path.stat().st_size
+            if total > MOST_CACHED and path != current:
                 path.unlink()
                 path.with_suffix(".json").unlink()
 

@@ -127,7 +127,8 @@ def fit(
     stages = stages_of(recipe, dataset.image_shape)
     checkpoint = run_dir and newest(run_dir / FOLDER)
     last_epoch = checkpoint.last_epoch if checkpoint else 0
-    first = next(i for i, stage in enumerate(stages) if last_epoch < stage.end)
+    # A run of more epochs than the recipe's has no stage left.
+    first = next((i for i, x in enumerate(stages) if last_epoch < x.end), len(stages) - 1)
 
     def model_of(stage):
         at_size = model if stage is stages[-1] else resized(model, stage.size)
@@ -144,7 +145,7 @@ def fit(
     ]
     if recipe.schedule == "milestones":
         schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-        # Before the journal, whose checkpoints hold the optimizer's rate.
+        # After the state is restored, and before the journal, which writes down the rate.
         callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
     if tensorboard and run_dir:
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))

@@ -55,8 +55,16 @@ def resized(model, size):
 
     Returns:
         A `VisionTransformer`. Its position embeddings are new.
+
+    Raises:
+        ValueError: if no layer of the augmentation is a `RandomResizedCrop`.
     """
     config = model.get_config()
+    if not any(isinstance(layer, RandomResizedCrop) for layer in model.augmentation):
+        raise ValueError(
+            "Expected a `RandomResizedCrop` in the model's augmentation, which progressive "
+            f"resizing needs. Received: augmentation={model.augmentation}"
+        )
     layers = [
         {**layer, "config": {**layer["config"], "height": size[0], "width": size[1]}}
         if layer["class_name"] == RandomResizedCrop.__name__

@@ -76,3 +76,18 @@ def test_a_run_that_grows_learns_on_images_of_full_size(tmp_path):
     logits = model.predict(dataset.test_images, verbose=0)
     accuracy = (logits.argmax(axis=1) == dataset.test_labels).mean()
     assert accuracy == pytest.approx(history["val_accuracy"][-1])
+
+
+def test_without_a_crop_nothing_could_be_resized():
+    recipe = small_recipe(augmentation=False, **GROWING)
+    dataset = colours()
+    model = small_model(dataset, augmentation=False)
+    with pytest.raises(ValueError, match="Expected a `RandomResizedCrop`.*Received: augmentation="):
+        fit(model, dataset, recipe)
+
+
+def test_a_finished_run_is_not_trained_for_fewer_epochs(tmp_path):
+    dataset = colours(24)
+    first = fit(small_model(dataset), dataset, small_recipe(epochs=3), run_dir=tmp_path)
+    again = fit(small_model(dataset), dataset, small_recipe(epochs=2), run_dir=tmp_path)
+    assert again == first and len(again["loss"]) == 3
