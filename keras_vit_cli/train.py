@@ -41,6 +41,7 @@ def run(settings, figures_dir=None):
     settings, dataset = load(settings)
     run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     run_dir.check(settings.overwrite)
+    check_patches(settings.training, dataset)
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     try:
         dataset, validation = dataset.for_training(
@@ -125,6 +126,16 @@ def load(settings):
             "run writes is labelled 'digits'."
         )
         return resolve({**settings.named, "dataset": "digits"}), load_dataset("digits")
+
+
+def check_patches(recipe, dataset):
+    """Raises a `CommandError` unless the patches of a recipe divide the images of a data set."""
+    sides = dict.fromkeys(dataset.image_shape[:2])
+    if any(side % recipe.patch_size for side in sides):
+        shown = f"side{'s' if len(sides) > 1 else ''} of {' and '.join(map(str, sides))}"
+        raise CommandError(
+            f"--patch-size must divide the image {shown} pixels, but is {recipe.patch_size}"
+        )
 
 
 def with_epochs(settings, images):
