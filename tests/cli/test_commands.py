@@ -299,7 +299,9 @@ WRONG = {
     "evaluate {model} --dataset digits": "takes images of (20, 24, 3), digits has (32, 32, 3)",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
-    "train --dataset {images} --image-size 15": "error: --patch-size must divide the image side of 15 pixels, but is 4\n",
+    "train --dataset {images} --image-size 15": (
+        "error: --patch-size must divide the image side of 15 pixels, but is 4\n"
+    ),
     "train --dataset {empty}": "has no images in sub-folders",
     "train --dataset digits --image-size 16": "is only for folders of images",
 }
