@@ -8,6 +8,7 @@ from keras_vit.layers import MixUpCutMix, Patches, RandomResizedCrop, TrivialAug
 from keras_vit.loading import load_model
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer
+from keras_vit.presets import list_presets
 from keras_vit.training import Muon
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "load_dataset",
     "load_model",
     "patch_weights",
+    "list_presets",
 ]

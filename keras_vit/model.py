@@ -1,6 +1,7 @@
 """The Vision Transformer as one functional graph, from raw pixels to logits."""
 
 import math
+import os
 import typing
 from collections.abc import Sequence
 
@@ -162,7 +163,8 @@ class VisionTransformer(keras.Model):
             x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, drop_path, policy)
         x = LayerNormalization(epsilon=EPSILON, dtype=policy, name="norm")(x)
         if pooling == "token":
-            x = x[:, 0]
+            # Its only token, so that `layers[-2].output` is what the head reads.
+            x = keras.layers.Flatten(dtype=policy, name="class_token_alone")(x)
         else:
             x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean_of_patches")(x)
         logits = dense(num_classes, dtype="float32", name="head")(x)
@@ -184,6 +186,68 @@ class VisionTransformer(keras.Model):
             "dtype": policy.name,
             **sizes,
         }
+
+    @classmethod
+    def from_preset(
+        cls,
+        name: str | os.PathLike[str],
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        image_shape: tuple[int, int, int] | None = None,
+        augmentation: Sequence[keras.layers.Layer] | None = None,
+        dtype: str | keras.DTypePolicy | None = None,
+    ) -> "VisionTransformer":
+        """A model with pretrained weights, for its own classes and image size or for others.
+
+        Position embeddings are interpolated for another image size. With other classes the head is
+        new and starts at zero, so that training starts from the features alone. The normalization
+        is that of the pretrained model: there is no need for `adapt`.
+
+        Args:
+            name: string, `"cifar10-strong"` or `"cifar10-quick"`, which come with the package
+                (`keras_vit.list_presets()` describes them); or the path of a `.keras` file.
+            num_classes: int, number of classes; by default that of `class_names`, else the
+                preset's.
+            class_names: list of strings; by default the preset's, for as many classes.
+            image_shape: tuple `(H, W, C)`, with the preset's `C`; by default the preset's.
+            augmentation: list of layers; by default the preset's, whose crops give images of the
+                new size.
+            dtype: dtype policy of the layers; by default the global policy.
+
+        Returns:
+            A `VisionTransformer`, not compiled.
+
+        Raises:
+            ModelError: if there is no such preset or file, or if it cannot be loaded safely.
+            ValueError: if an argument does not suit the preset or the others.
+
+        Example:
+
+        >>> model = keras_vit.VisionTransformer.from_preset(
+        ...     "cifar10-quick", class_names=["ant", "bee"], image_shape=(64, 64, 3)
+        ... )
+        >>> model.output_shape
+        (None, 2)
+        """
+        # Files are read above models.
+        from keras_vit.presets import load_preset
+        from keras_vit.transfer import adapted
+
+        preset = load_preset(name)
+        return adapted(preset, num_classes, class_names, image_shape, augmentation, dtype)
+
+    def features(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+        """What the head reads: the class token, or the mean of the patches, after the last block.
+
+        Args:
+            images: array `(B, H, W, C)` of raw pixels.
+            batch_size: int, number of images that are computed at once.
+
+        Returns:
+            NumPy array `(B, D)`, float32.
+        """
+        backbone = keras.Model(self.input, self.get_layer("head").input)
+        return backbone.predict(images, batch_size, verbose=0).astype("float32")
 
     def adapt(self, images: np.ndarray) -> None:
         """Computes mean and variance per channel; call it before `fit`, with the training images.

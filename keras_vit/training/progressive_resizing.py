@@ -1,17 +1,16 @@
 """Progressive resizing: a run that starts on smaller images, for more epochs in the same time.
 
-A smaller image has fewer patches, which cost less. The weights fit images of any size but for the
-position embeddings, which are interpolated when the images grow (as Dosovitskiy et al., 2021, do
-before fine-tuning at a higher resolution).
+A smaller image has fewer patches, which cost less. Position embeddings are interpolated when the
+images grow.
 """
 
 import typing
 
-import numpy as np
 from keras import ops
 
 from keras_vit.layers import RandomResizedCrop
 from keras_vit.training.checkpoints import state_of
+from keras_vit.transfer import grid, resampled_positions, with_crops_of
 
 
 class Stage(typing.NamedTuple):
@@ -65,12 +64,7 @@ def resized(model, size):
             "Expected a `RandomResizedCrop` in the model's augmentation, which progressive "
             f"resizing needs. Received: augmentation={model.augmentation}"
         )
-    layers = [
-        {**layer, "config": {**layer["config"], "height": size[0], "width": size[1]}}
-        if layer["class_name"] == RandomResizedCrop.__name__
-        else layer
-        for layer in config["augmentation"]
-    ]
+    layers = with_crops_of(config["augmentation"], size)
     other = type(model).from_config({**config, "augmentation": layers})
     for variable, new in zip(model.variables, other.variables, strict=True):
         if variable.shape == new.shape:
@@ -87,27 +81,9 @@ def transfer(source, target):
         source: a `VisionTransformer`, compiled.
         target: one that differs only in the size of its images after the augmentation.
     """
-    grids = [_grid(model) for model in (source, target)]
+    grids = grid(source), grid(target)
     for variable, other in zip(state_of(source), state_of(target), strict=True):
         value = ops.convert_to_numpy(variable)
         if value.shape != tuple(other.shape):
-            value = _interpolated(value, *grids)
+            value = resampled_positions(value, *grids)
         other.assign(value)
-
-
-def _grid(model):
-    """Rows and columns of a model's patches."""
-    patches = model.get_layer("patches")
-    return tuple(side // patches.patch_size for side in patches.input.shape[1:3])
-
-
-def _interpolated(table, before, after):
-    """One row `(1, T, D)` for each position, for another grid; a class token keeps its own."""
-    count = before[0] * before[1]
-    token, patches = table[:, :-count], table[:, -count:]
-    patches = patches.reshape(1, *before, -1).astype("float32")
-    patches = ops.image.resize(
-        patches, after, "bilinear", antialias=True, data_format="channels_last"
-    )
-    patches = ops.convert_to_numpy(patches).reshape(1, after[0] * after[1], -1)
-    return np.concatenate([token, patches.astype(table.dtype)], axis=1)
