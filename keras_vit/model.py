@@ -13,6 +13,7 @@ from keras_vit.jax_multi_step import can_scan, scanned_train_function
 from keras_vit.layers import (
     ClassToken,
     Dropout,
+    FirstToken,
     LayerNormalization,
     MixUpCutMix,
     MultiHeadAttention,
@@ -163,8 +164,7 @@ class VisionTransformer(keras.Model):
             x = transformer_block(x, mlp_dim, num_heads, dropout, name, tokens, drop_path, policy)
         x = LayerNormalization(epsilon=EPSILON, dtype=policy, name="norm")(x)
         if pooling == "token":
-            # Its only token, so that `layers[-2].output` is what the head reads.
-            x = keras.layers.Flatten(dtype=policy, name="class_token_alone")(x)
+            x = FirstToken(dtype=policy, name="class_token_output")(x)
         else:
             x = keras.layers.GlobalAveragePooling1D(dtype="float32", name="mean_of_patches")(x)
         logits = dense(num_classes, dtype="float32", name="head")(x)
@@ -247,7 +247,9 @@ class VisionTransformer(keras.Model):
             NumPy array `(B, D)`, float32.
         """
         backbone = keras.Model(self.input, self.get_layer("head").input)
-        return backbone.predict(images, batch_size, verbose=0).astype("float32")
+        starts = range(0, len(images), batch_size)
+        batches = (backbone(images[i : i + batch_size], training=False) for i in starts)
+        return np.concatenate([ops.convert_to_numpy(x).astype("float32") for x in batches])
 
     def adapt(self, images: np.ndarray) -> None:
         """Computes mean and variance per channel; call it before `fit`, with the training images.

@@ -37,7 +37,7 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
     path = pathlib.Path(name)
     if is_preset(name):
         path = FOLDER / f"{name}.keras"
-    elif path.suffix != ".keras" and not path.exists():
+    elif path.suffix != ".keras":
         raise ModelError(
             f"{name} is neither a .keras file nor a preset: the presets are "
             f"{', '.join(list_presets())}"
@@ -76,8 +76,7 @@ def write_preset(model: VisionTransformer, path: pathlib.Path) -> None:
         members[WEIGHTS] = _halved(members[WEIGHTS])
         with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, content in members.items():
-                # A constant date, so that the same weights give the same bytes.
-                archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+                archive.writestr(name, content)
 
 
 def _halved(content):

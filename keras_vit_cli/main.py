@@ -90,7 +90,9 @@ def parse(arguments):
     report = add("report", "write the report of a run again")
 
     for command in (evaluate, predict, explain, export):
-        command.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
+        command.add_argument(
+            "model", metavar="MODEL", type=pathlib.Path, help="a .keras file or a preset"
+        )
     for command in (predict, explain):
         command.add_argument(
             "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"

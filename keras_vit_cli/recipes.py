@@ -30,12 +30,14 @@ class Recipe:
         result: string, what that reached, with data, seeds, hardware and time.
         cpu_epochs: int, number of epochs without a GPU, unless `--epochs` is given.
         images_seen: int, training images in all epochs together, unless `--epochs` is given.
+        needs_weights: bool, whether it starts from pretrained weights alone.
     """
 
     description: str = ""
     result: str = ""
     cpu_epochs: int | None = None
     images_seen: int | None = None
+    needs_weights: bool = False
     epochs: int = option(160, "passes over the training images", low=1)
     batch_size: int = option(128, "images in a batch", low=1)
     optimizer: str = option(
@@ -71,6 +73,9 @@ class Recipe:
         "token",
         "what the head reads: a class token, or the mean of the patches' tokens",
         choices=("token", "mean"),
+    )
+    freeze: int = option(
+        0, "keep the embeddings and so many of the first blocks as they are", low=0
     )
     dropout: float = option(0.2, "rate of every dropout", low=0, below=1)
     stochastic_depth: float = option(
@@ -179,6 +184,22 @@ RECIPES = {
         dropout=0.0,
         image_scales=(0.5, 0.75),
         image_scale_milestones=(0.5, 0.75),
+        label_smoothing=0.1,
+    ),
+    "finetune": Recipe(
+        description="For `--init-from`: pretrained weights learn other classes, such as a folder "
+        "of photos; the architecture is that of the weights.",
+        needs_weights=True,
+        epochs=30,
+        batch_size=32,
+        learning_rate=3e-4,
+        weight_decay=0.05,
+        decay_kernels_only=True,
+        schedule="cosine",
+        warmup=0.1,
+        dropout=0.0,
+        crop_scale=(0.5, 1.0),
+        crop_ratio=(3 / 4, 4 / 3),
         label_smoothing=0.1,
     ),
     "digits": Recipe(

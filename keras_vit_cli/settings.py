@@ -21,6 +21,7 @@ from keras_vit_cli.recipes import (
 )
 
 LANGUAGES = ("en", "pl")
+WARMUP = 0.05  # Of an extended run whose parent had none.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,17 @@ class Settings:
         None,
         f"settings to start from (default: {DEFAULT_RECIPE}; digits has its own)",
         choices=tuple(RECIPES),
+    )
+    init_from: str | None = option(
+        None,
+        "start from the weights of a preset (cifar10-strong, cifar10-quick), a .keras file, or a "
+        "run directory; their architecture replaces the recipe's",
+    )
+    extend: int | None = option(
+        None,
+        "train the finished run of --init-from for so many more epochs: its settings, optimizer "
+        "state and weights, with a new warm-up and cosine",
+        low=1,
     )
     seed: int = option(
         0, "decides weights, augmentation and the order of images", low=0, below=2**32
@@ -143,7 +155,37 @@ def parse(arguments=None, prog="train.py"):
         if named.get("schedule", "cosine") != "cosine":
             from_file.pop("warmup", None)
         named = {**from_file, **named}
+    elif "extend" in named:
+        named = {**settings_to_extend(named.get("init_from"), named["extend"]), **named}
     return resolve(named)
+
+
+def settings_to_extend(run, epochs):
+    """The settings of a finished run, for more epochs with a new warm-up and cosine.
+
+    Args:
+        run: string, its run directory.
+        epochs: int.
+    """
+    config = pathlib.Path(run or "") / "config.json"
+    if not run or not config.is_file():
+        raise CommandError(
+            f"--extend {epochs} needs the directory of a finished run, as --init-from "
+            f"runs/cifar10-strong-seed0, not {run!r}"
+        )
+    parent = read_config(config)
+    # Its own places and origin, and its small images, are not those of the new run.
+    for name in ("output", "figures_dir", "image_scales", "image_scale_milestones"):
+        parent.pop(name, None)
+    return {
+        **parent,
+        "output": f"{run.rstrip('/')}-extended",
+        "epochs": epochs,
+        "schedule": "cosine",
+        "warmup": parent.get("warmup") or WARMUP,
+        "image_scales": (),
+        "image_scale_milestones": (),
+    }
 
 
 def resolve(named):
@@ -167,6 +209,13 @@ def resolve(named):
     if training.schedule != "cosine" and "warmup" not in named:
         training = dataclasses.replace(training, warmup=0.0)
     _check_together(recipe, training)
+    if training.needs_weights and not named.get("init_from"):
+        raise CommandError(
+            f"--recipe {recipe} needs --init-from: a preset such as cifar10-strong, a .keras file, "
+            "or a run directory"
+        )
+    if named.get("extend") and not named.get("init_from"):
+        raise CommandError(f"--extend {named['extend']} needs --init-from RUN")
     run = {x.name: named[x.name] for x in RUN_OPTIONS if x.name in named}
     return Settings(**{**run, "recipe": recipe}, training=training, named=dict(named))
 

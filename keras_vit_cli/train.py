@@ -11,6 +11,8 @@ from keras_vit import devices, training
 from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
 from keras_vit.data.folders import warn
 from keras_vit.files import atomic_write, write_json
+from keras_vit.loading import ModelError
+from keras_vit.presets import load_preset
 from keras_vit.training.journal import duration
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
@@ -21,6 +23,8 @@ from keras_vit_cli.settings import resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
 EFFICIENCY = 0.6
+# What a pretrained model decides.
+ARCHITECTURE = ("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "pooling")
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -39,6 +43,8 @@ def run(settings, figures_dir=None):
         check_writable(figures_dir, "--figures-dir")
     RunDirectory.of(settings).check(settings.overwrite)
     settings, dataset = load(settings)
+    pretrained = load_pretrained(settings, dataset)
+    settings = with_architecture_of(settings, pretrained)
     run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     run_dir.check(settings.overwrite)
     check_patches(settings.training, dataset)
@@ -51,7 +57,7 @@ def run(settings, figures_dir=None):
         keras.utils.set_random_seed(settings.seed)
         policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
         with explaining_failures(settings):
-            model = training.build_model(dataset, settings.training, policy)
+            model = training.build_model(dataset, settings.training, policy, pretrained)
     except ValueError as error:
         raise CommandError(str(error)) from error
 
@@ -72,6 +78,8 @@ def run(settings, figures_dir=None):
                 run_dir.path,
                 settings.tensorboard,
                 settings.save_every,
+                pretrained,
+                bool(settings.extend),
             )
         # As if this process had trained every epoch.
         start += time.perf_counter() - before - sum(history["seconds"])
@@ -126,6 +134,41 @@ def load(settings):
             "run writes is labelled 'digits'."
         )
         return resolve({**settings.named, "dataset": "digits"}), load_dataset("digits")
+
+
+def load_pretrained(settings, dataset):
+    """The model that a run starts from; None if it starts from nothing."""
+    name = settings.init_from
+    if name is None:
+        return None
+    run_dir = RunDirectory(name)
+    try:
+        model = load_preset(run_dir.model if run_dir.config.exists() else name)
+    except ModelError as error:
+        raise CommandError(f"--init-from {error}") from error
+    channels, found = model.input_shape[-1], dataset.image_shape[-1]
+    if channels != found:
+        raise CommandError(
+            f"--init-from {name} takes images of {channels} channels, {dataset.name} has {found}"
+        )
+    return model
+
+
+def with_architecture_of(settings, model):
+    """The settings with the architecture of a pretrained model, if there is one."""
+    if model is None:
+        return settings
+    config = model.get_config()
+    found = {name: config[name] for name in ARCHITECTURE}
+    for name, value in found.items():
+        if settings.named.get(name, value) != value:
+            flag = "--" + name.replace("_", "-")
+            raise CommandError(
+                f"{flag} {settings.named[name]} differs from --init-from {settings.init_from}, "
+                f"which has {value}: leave it out"
+            )
+    recipe = dataclasses.replace(settings.training, **found)
+    return dataclasses.replace(settings, training=recipe)
 
 
 def check_patches(recipe, dataset):

@@ -7,12 +7,13 @@ from keras_vit.layers.mix import MixUpCutMix
 from keras_vit.layers.normalization import LayerNormalization, Normalization
 from keras_vit.layers.patches import Patches
 from keras_vit.layers.random_resized_crop import RandomResizedCrop
-from keras_vit.layers.tokens import ClassToken, PositionEmbedding
+from keras_vit.layers.tokens import ClassToken, FirstToken, PositionEmbedding
 from keras_vit.layers.trivial_augment import TrivialAugment
 
 __all__ = [
     "ClassToken",
     "Dropout",
+    "FirstToken",
     "LayerNormalization",
     "MixUpCutMix",
     "MultiHeadAttention",

@@ -1,4 +1,4 @@
-"""The two learned additions to a sequence of tokens: a class token and positions."""
+"""What a transformer adds to a sequence of tokens, a class token and positions, and reads of it."""
 
 import keras
 from keras import ops
@@ -47,6 +47,27 @@ class ClassToken(keras.layers.Layer):
             **super().get_config(),
             "initializer": keras.initializers.serialize(self.initializer),
         }
+
+
+@keras.saving.register_keras_serializable("keras_vit")
+class FirstToken(keras.layers.Layer):
+    """The first token of every sequence, such as the class token, which a head reads.
+
+    Input shape:
+        3D tensor `(B, T, D)`.
+
+    Output shape:
+        2D tensor `(B, D)`.
+    """
+
+    def call(self, tokens):
+        return tokens[:, 0]
+
+    def compute_output_shape(self, input_shape):
+        return (input_shape[0], input_shape[2])
+
+    def get_config(self):
+        return super().get_config()  # Keras's own knows only layers without dtype policies.
 
 
 @keras.saving.register_keras_serializable("keras_vit")

@@ -156,6 +156,36 @@ def _named_state(model):
     return state
 
 
+def extend(parent, model):
+    """Continues training from the weights, the optimizer and the seeds of a finished run's model.
+
+    The first step of a new schedule is next.
+
+    Args:
+        parent: a compiled model, as a run saves it.
+        model: a compiled model of the same architecture and optimizer, which is changed.
+
+    Raises:
+        DifferentVariables: if the parent has no optimizer, or lacks a variable of the model.
+    """
+    if getattr(parent, "optimizer", None) is None:
+        raise DifferentVariables("the model to extend was saved without its optimizer")
+    arrays = copy_of_state(parent)
+    restarted = {"iteration", "learning_rate"}
+    metrics = {id(x) for x in model.metrics_variables}
+    state = {
+        name: variable
+        for name, variable in _named_state(model).items()
+        if id(variable) not in metrics and variable.name not in restarted
+    }
+    in_model = {name: _kind(x.shape, x.dtype) for name, x in state.items()}
+    in_parent = {name: _kind(x.shape, x.dtype.name) for name, x in arrays.items() if name in state}
+    if differences := _differences(in_parent, in_model):
+        raise DifferentVariables(f"the variables of the model to extend differ: {differences}")
+    for name, variable in state.items():
+        variable.assign(arrays[name])
+
+
 def _kind(shape, dtype):
     return f"{tuple(shape)} {dtype}"
 

@@ -9,24 +9,28 @@ from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
-from keras_vit.training.checkpoints import FOLDER, newest
+from keras_vit.training.checkpoints import FOLDER, extend, newest
 from keras_vit.training.flops import costs_of_epochs
 from keras_vit.training.journal import Journal
 from keras_vit.training.optimizers import Muon
 from keras_vit.training.progressive_resizing import resized, stages_of, transfer
 from keras_vit.training.schedules import learning_rate, step_schedule
+from keras_vit.transfer import copy_weights
 
 # Training steps per dispatch with JAX on an accelerator.
 STEPS_AT_ONCE = 32
 
 
-def build_model(dataset, recipe, dtype=None):
-    """An untrained model, adapted to the training images.
+def build_model(dataset, recipe, dtype=None, pretrained=None):
+    """An untrained model, adapted to the training images; or one with pretrained weights.
 
     Args:
         dataset: a `Dataset`.
         recipe: a `Recipe`.
         dtype: dtype policy of the layers.
+        pretrained: a `VisionTransformer` with the recipe's architecture, whose weights and
+            normalization the model takes over. Its position embeddings are interpolated for
+            images of another size; its head is taken over only for the same classes.
 
     Returns:
         A `VisionTransformer`.
@@ -34,6 +38,11 @@ def build_model(dataset, recipe, dtype=None):
     Raises:
         ValueError: if the recipe's sizes do not match the images or each other.
     """
+    if recipe.freeze > recipe.depth:
+        raise ValueError(
+            f"Expected `freeze` to be at most the number of blocks, {recipe.depth}. "
+            f"Received: freeze={recipe.freeze}"
+        )
     model = VisionTransformer(
         dataset.image_shape,
         len(dataset.class_names),
@@ -49,9 +58,24 @@ def build_model(dataset, recipe, dtype=None):
         augmentation=augmentation(dataset, recipe),
         dtype=dtype,
     )
-    model.adapt(dataset.train_images)
     model.seen = dataset.seen
+    if pretrained is None:
+        model.adapt(dataset.train_images)
+    else:
+        copy_weights(pretrained, model, head=pretrained.class_names == model.class_names)
+        model.seen = tuple(sorted({*pretrained.seen, *dataset.seen}))
+    if recipe.freeze:
+        for layer in layers_up_to(model, recipe.freeze):
+            layer.trainable = False
     return model
+
+
+def layers_up_to(model, block):
+    """The layers of a model from its input to a block, counted from one, the augmentation aside."""
+    names = [layer.name for layer in model.layers]
+    first = names.index("normalization")
+    last = names.index(f"block_{block}_mlp_sum")
+    return model.layers[first : last + 1]
 
 
 def augmentation(dataset, recipe):
@@ -96,6 +120,8 @@ def fit(
     run_dir=None,
     tensorboard=False,
     save_every=None,
+    pretrained=None,
+    extends=False,
 ):
     """Compiles and trains a model with a recipe, resuming from the newest checkpoint if any.
 
@@ -111,6 +137,9 @@ def fit(
         tensorboard: bool, whether to write TensorBoard logs.
         save_every: int, minimum number of steps between checkpoints within an epoch; each epoch
             ends with a checkpoint anyway.
+        pretrained: the `VisionTransformer` that `build_model` was given, if any.
+        extends: bool, whether the optimizer's state and the random seeds continue from those of
+            `pretrained`, which must be compiled as the recipe says. The schedule starts anew.
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and
@@ -131,11 +160,15 @@ def fit(
     first = next((i for i, x in enumerate(stages) if last_epoch < x.end), len(stages) - 1)
 
     def model_of(stage):
-        at_size = model if stage is stages[-1] else resized(model, stage.size)
+        at_size = model
+        if stage is not stages[-1]:
+            at_size = resized(model, stage.size, interpolate=pretrained is not None)
         compile_model(at_size, recipe, batches.num_batches)
         return at_size
 
     current = model_of(stages[first])
+    if extends and not checkpoint:
+        extend(pretrained, current)
     data = digest(dataset) if run_dir else ""
     costs = costs_of_epochs(recipe, dataset.image_shape)
     journal = Journal(current, batches, run_dir, save_every, data, costs, checkpoint)

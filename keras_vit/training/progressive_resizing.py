@@ -45,15 +45,17 @@ def stages_of(recipe, image_shape):
     return [*stages, Stage(recipe.epochs, (height, width))]
 
 
-def resized(model, size):
+def resized(model, size, interpolate=False):
     """A model with the weights of another one, whose crops give images of another size.
 
     Args:
         model: a `VisionTransformer` with a `RandomResizedCrop` among its augmentation.
         size: pair `(height, width)` in pixels.
+        interpolate: bool, whether position embeddings are interpolated, as suits trained ones;
+            else they are new.
 
     Returns:
-        A `VisionTransformer`. Its position embeddings are new.
+        A `VisionTransformer`.
 
     Raises:
         ValueError: if no layer of the augmentation is a `RandomResizedCrop`.
@@ -69,6 +71,9 @@ def resized(model, size):
     for variable, new in zip(model.variables, other.variables, strict=True):
         if variable.shape == new.shape:
             new.assign(variable)
+        elif interpolate:
+            value = ops.convert_to_numpy(variable)
+            new.assign(resampled_positions(value, grid(model), grid(other)))
     return other
 
 

@@ -10,6 +10,7 @@ from keras import ops
 from keras_vit.layers import (
     ClassToken,
     Dropout,
+    FirstToken,
     LayerNormalization,
     MixUpCutMix,
     Patches,
@@ -45,6 +46,7 @@ IMAGES, TOKENS = (2, 8, 12, 3), (2, 5, 8)
 # Class, arguments, shapes of input and output, weights and seed generators.
 LAYERS = [
     (ClassToken, {}, TOKENS, (2, 6, 8), 1, 0),
+    (FirstToken, {}, TOKENS, (2, 8), 0, 0),
     (Dropout, {"rate": 0.2}, TOKENS, TOKENS, 0, 1),
     (LayerNormalization, {}, TOKENS, TOKENS, 2, 0),
     (MixUpCutMix, {"seed": 1}, IMAGES, IMAGES, 1, 1),
@@ -87,7 +89,11 @@ def test_symbolic_eager_and_graph_results_agree(
 ):
     layer = kind(**arguments, dtype=policy)
     images = (100 * np.abs(normal(12, *shape))).astype(dtype)
-    keywords = {} if kind in (Patches, ClassToken, PositionEmbedding) else {"training": training}
+    keywords = (
+        {}
+        if kind in (Patches, ClassToken, FirstToken, PositionEmbedding)
+        else {"training": training}
+    )
     symbolic = layer(keras.Input(batch_shape=shape, dtype=dtype), **keywords)
     assert symbolic.shape == expected
     results = [layer(images, **keywords)]
