@@ -10,8 +10,7 @@ import numpy as np
 from keras_vit import loading
 from keras_vit.data import DatasetError, ImageError, is_folder, load_dataset, read_image
 from keras_vit.files import visible
-from keras_vit.model import VisionTransformer
-from keras_vit.presets import is_preset, load_preset
+from keras_vit.presets import load_preset
 from keras_vit_cli.errors import CommandError
 
 BATCH_SIZE = 256
@@ -20,11 +19,9 @@ BATCH_SIZE = 256
 def load_model(path):
     """The `VisionTransformer` of a file, for grey or RGB images."""
     try:
-        model = load_preset(path) if is_preset(path) else loading.load_model(path)
+        model = load_preset(path)
     except loading.ModelError as error:
         raise CommandError(str(error)) from error
-    if not isinstance(model, VisionTransformer):
-        raise CommandError(f"{path} holds a {type(model).__name__}, not a VisionTransformer")
     if model.input_shape[-1] not in (1, 3):
         raise CommandError(
             f"{path} takes images of {model.input_shape[-1]} channels, not grey or RGB"

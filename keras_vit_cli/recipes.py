@@ -220,3 +220,4 @@ RECIPES = {
 # The recipe where nobody names one, and data sets that another suits better.
 DEFAULT_RECIPE = "baseline"
 DEFAULT_RECIPES = {"digits": "digits"}
+FINETUNE = "finetune"  # With `--init-from`.

@@ -14,6 +14,7 @@ from keras_vit_cli.errors import CommandError
 from keras_vit_cli.recipes import (
     DEFAULT_RECIPE,
     DEFAULT_RECIPES,
+    FINETUNE,
     RECIPE_OPTIONS,
     RECIPES,
     Recipe,
@@ -48,7 +49,8 @@ class Settings:
     validation: int = option(0, "training images held out to validate on after each epoch", low=0)
     recipe: str | None = option(
         None,
-        f"settings to start from (default: {DEFAULT_RECIPE}; digits has its own)",
+        f"settings to start from (default: {DEFAULT_RECIPE}; {FINETUNE} with --init-from; digits "
+        "has its own)",
         choices=tuple(RECIPES),
     )
     init_from: str | None = option(
@@ -203,6 +205,8 @@ def resolve(named):
     for name, value in named.items():
         _check(OPTIONS[name], value)
     default = DEFAULT_RECIPES.get(named.get("dataset", Settings.dataset), DEFAULT_RECIPE)
+    if named.get("init_from"):
+        default = FINETUNE
     recipe = named.get("recipe") or default
     changed = {x.name: named[x.name] for x in RECIPE_OPTIONS if x.name in named}
     training = dataclasses.replace(RECIPES[recipe], **changed)
