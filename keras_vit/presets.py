@@ -11,6 +11,7 @@ import numpy as np
 from keras_vit.files import atomic_write
 from keras_vit.loading import ModelError, load_model
 from keras_vit.model import VisionTransformer
+from keras_vit.timm import read_timm
 from keras_vit.transfer import copy_weights
 
 FOLDER = pathlib.Path(__file__).with_name("weights")
@@ -26,7 +27,8 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
     """Loads a pretrained model by its name, or a model from a `.keras` file.
 
     Args:
-        name: string, one of `list_presets()`; or the path of a `.keras` file of this package.
+        name: string, one of `list_presets()`; or the path of a `.keras` file of this package, or
+            of a `.safetensors` file of timm's `VisionTransformer`.
 
     Returns:
         A `VisionTransformer`.
@@ -37,9 +39,11 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
     path = pathlib.Path(name)
     if is_preset(name):
         path = FOLDER / f"{name}.keras"
+    elif path.suffix == ".safetensors":
+        return read_timm(path)
     elif path.suffix != ".keras":
         raise ModelError(
-            f"{name} is neither a .keras file nor a preset: the presets are "
+            f"{name} is neither a .keras or .safetensors file nor a preset: the presets are "
             f"{', '.join(list_presets())}"
         )
     model = load_model(path)
