@@ -157,9 +157,10 @@ def _named_state(model):
 
 
 def extend(parent, model):
-    """Continues training from the weights, the optimizer and the seeds of a finished run's model.
+    """Continues training from the weights and the optimizer of a finished run's model.
 
-    The first step of a new schedule is next.
+    The first step of a new schedule is next. Random seeds, which Keras does not save, are not
+    continued.
 
     Args:
         parent: a compiled model, as a run saves it.
@@ -171,7 +172,7 @@ def extend(parent, model):
     if getattr(parent, "optimizer", None) is None:
         raise DifferentVariables("the model to extend was saved without its optimizer")
     arrays = copy_of_state(parent)
-    restarted = {"iteration", "learning_rate"}
+    restarted = {"iteration", "learning_rate", "seed_generator_state"}
     metrics = {id(x) for x in model.metrics_variables}
     state = {
         name: variable

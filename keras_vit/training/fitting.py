@@ -138,8 +138,8 @@ def fit(
         save_every: int, minimum number of steps between checkpoints within an epoch; each epoch
             ends with a checkpoint anyway.
         pretrained: the `VisionTransformer` that `build_model` was given, if any.
-        extends: bool, whether the optimizer's state and the random seeds continue from those of
-            `pretrained`, which must be compiled as the recipe says. The schedule starts anew.
+        extends: bool, whether the optimizer's state continues from that of `pretrained`, which
+            must be compiled as the recipe says. The schedule starts anew.
 
     Returns:
         Dictionary of lists with one value per epoch: `loss`, `accuracy`, `learning_rate` and

@@ -18,7 +18,7 @@ from keras_vit import RandomResizedCrop, VisionTransformer, data, load_model
 from keras_vit.data import folders
 from keras_vit.data.dataset import SHORT
 from keras_vit.reporting import figures
-from keras_vit_cli import main
+from keras_vit_cli import main, settings
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +47,44 @@ def test_a_folder_is_trained_on_and_its_names_travel_with_the_model(place, model
 def test_pictures_of_a_run_stay_in_its_folder(place):
     assert len(list((place / "run" / "figures").glob("*.png"))) == 7
     assert {path.name for path in place.iterdir()} == {"cache", "images", "run"}
+
+
+def test_a_run_starts_from_the_weights_of_another_one(place, model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    words = [f"--dataset={place / 'images'}", f"--output={tmp_path}", "--epochs=1"]
+    assert run("train", *words, f"--init-from={place / 'run'}", "--freeze=2") == 0
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert (config["recipe"], config["freeze"], config["embed_dim"]) == ("finetune", 2, 16)
+    tuned = load_model(tmp_path / "model.keras")
+    for name in ("position_embedding", "block_2_mlp_output", "normalization"):
+        pairs = zip(tuned.get_layer(name).get_weights(), model.get_layer(name).get_weights())
+        assert all(np.array_equal(*pair) for pair in pairs)
+    assert not np.array_equal(*(x.get_layer("norm").get_weights()[1] for x in (tuned, model)))
+
+
+def test_a_finished_run_is_trained_for_longer_with_its_own_settings(place):
+    parent = json.loads((place / "run" / "config.json").read_text(encoding="utf-8"))
+    words = ["--init-from", str(place / "run"), "--extend", "3"]
+    longer = settings.parse([*words, "--batch-size", "4"])
+    assert longer.dataset == parent["dataset"] and longer.output == f"{place / 'run'}-extended"
+    recipe = longer.training
+    assert (recipe.epochs, recipe.schedule, recipe.warmup) == (3, "cosine", settings.WARMUP)
+    assert (recipe.batch_size, recipe.learning_rate) == (4, parent["learning_rate"])
+
+
+@pytest.mark.slow
+def test_an_extended_run_names_its_parent_and_is_repeated_from_its_config(
+    place, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    run_dir = tmp_path / "longer"
+    words = ["--init-from", place / "run", "--extend=1", "--output"]
+    assert run("train", *words, run_dir) == 0
+    config = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))
+    assert config["init_from"] == str(place / "run") and config["epochs"] == 1
+    again = tmp_path / "again"
+    assert run("train", "--config", run_dir / "config.json", "--output", again) == 0
+    assert (run_dir / "history.csv").read_text() == (again / "history.csv").read_text()
 
 
 def expected(model, path):
@@ -286,7 +324,16 @@ WRONG = {
     "fly": "invalid choice: 'fly'",
     "predict": "required: MODEL, IMAGE",
     "predict missing.keras x.png": "missing.keras cannot be read: No such file or directory",
-    "predict model.h5 x.png": "model.h5 does not end in .keras",
+    "predict model.h5 x.png": "model.h5 is neither a .keras or .safetensors file nor a preset: the",
+    "train --dataset {images} --init-from cifar10-huge": "--init-from cifar10-huge is neither a .k",
+    "train --dataset {images} --init-from {model} --depth 9": (
+        "--depth 9 differs from --init-from {model}, which has 2: leave it out"
+    ),
+    "train --dataset {images} --init-from {deep}": "takes images of 4 channels, images has 3",
+    "train --dataset {images} --init-from {model} --freeze 3": "Received: freeze=3",
+    "train --dataset {images} --recipe finetune": "--recipe finetune needs --init-from: a preset s",
+    "train --dataset {images} --extend 3": "--extend 3 needs the directory of a finished run, as",
+    "train --init-from {model} --extend 3": "--extend 3 needs the directory of a finished run, as",
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "export {model} --format torch -o x": "--format must be one of onnx, saved_model, litert, not",
@@ -334,7 +381,7 @@ def test_what_is_wrong_is_said_in_one_line(words, place, places, capsys, monkeyp
     assert run(*words.format(**places).split()) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
-    assert WRONG[words] in captured.err
+    assert WRONG[words].format(**places) in captured.err
 
 
 def test_help_answers_without_importing_keras():
