@@ -86,19 +86,20 @@ def parse(arguments):
     evaluate = add("evaluate", "measure a model on images that it was not trained on")
     predict = add("predict", "name the likeliest classes of images")
     explain = add("explain", "draw where a model looks, as Attention Rollout")
+    features = add("features", "write what a model's head reads of images, one row each")
     export = add("export", "write a model for another runtime, and compare it there")
     report = add("report", "write the report of a run again")
 
-    for command in (evaluate, predict, explain, export):
+    for command in (evaluate, predict, explain, features, export):
         command.add_argument(
             "model", metavar="MODEL", type=pathlib.Path, help="a .keras file or a preset"
         )
-    for command in (predict, explain):
+    for command in (predict, explain, features):
         command.add_argument(
             "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
         )
     report.add_argument("run", metavar="RUN", type=pathlib.Path, help="run directory")
-    for command in (evaluate, predict, explain, report):
+    for command in (evaluate, predict, explain, features, report):
         command.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
     # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
     export.set_defaults(backend="tensorflow")
@@ -113,6 +114,7 @@ def parse(arguments):
     output = {"metavar": "PATH", "type": pathlib.Path}
     evaluate.add_argument("-o", "--output", **output, help="folder for metrics and pictures")
     explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
+    features.add_argument("-o", "--output", **output, required=True, help="an .npz file to write")
     export.add_argument("-o", "--output", **output, required=True, help="file or folder to write")
 
     output_format = predict.add_mutually_exclusive_group()

@@ -87,6 +87,22 @@ def test_an_extended_run_names_its_parent_and_is_repeated_from_its_config(
     assert (run_dir / "history.csv").read_text() == (again / "history.csv").read_text()
 
 
+def test_features_are_what_the_head_reads(place, model, capsys, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    paths = [place / "images" / "accuracy" / f"{i}.png" for i in (3, 1)]
+    words = [*paths, tmp_path / "broken.png", "-o", tmp_path / "x" / "features.npz"]
+    assert run("features", place / "run" / "model.keras", *words) == 1
+    assert "broken.png cannot be read" in capsys.readouterr().err
+    with np.load(tmp_path / "x" / "features.npz") as file:
+        names, features = file["images"], file["features"]
+    assert names.tolist() == [str(path) for path in paths] and features.dtype == "float32"
+    images = np.stack([np.asarray(Image.open(path)) for path in paths])
+    kernel, bias = model.get_layer("head").get_weights()
+    np.testing.assert_allclose(
+        features @ kernel + bias, model.predict(images, verbose=0), atol=1e-5
+    )
+
+
 def expected(model, path):
     logits = model.predict(np.asarray(Image.open(path))[None], verbose=0)[0].astype("float64")
     return dict(zip(model.class_names, np.exp(logits) / np.exp(logits).sum()))
@@ -343,6 +359,7 @@ WRONG = {
     "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
     "evaluate {model} --dataset {images} -o {run}": "holds a run, whose metrics would be lost",
     "explain {model} x.png": "required: -o/--output",
+    "features {model} x.png -o x.csv": "--output must end in .npz, but is x.csv",
     "evaluate {model} --dataset digits": "takes images of (20, 24, 3), digits has (32, 32, 3)",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",

@@ -100,7 +100,12 @@ def test_an_extended_run_continues_the_optimizer_with_a_new_schedule(parent):
     before, after = copy_of_state(parent), copy_of_state(model)
     assert before.keys() == after.keys()
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert {name.split("/")[-1] for name in changed} <= {"iteration", "total", "count", "seed_generator_state"}
+    assert {name.split("/")[-1] for name in changed} <= {
+        "iteration",
+        "total",
+        "count",
+        "seed_generator_state",
+    }
     assert int(model.optimizer.iterations) == 0 < int(parent.optimizer.iterations)
 
 
