@@ -17,7 +17,7 @@ from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.evaluate import measure
 from keras_vit_cli.report import draw, write_page
 from keras_vit_cli.run_directory import RunDirectory, check_writable
-from keras_vit_cli.settings import resolve
+from keras_vit_cli.settings import check_patches, resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
 EFFICIENCY = 0.6
@@ -41,7 +41,7 @@ def run(settings, figures_dir=None):
     settings, dataset = load(settings)
     run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     run_dir.check(settings.overwrite)
-    check_patches(settings.training, dataset)
+    check_patches(settings.training.patch_size, dataset.image_shape[:2])
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     try:
         dataset, validation = dataset.for_training(
@@ -117,7 +117,13 @@ def load(settings):
     Falls back to the digits if no data set was given and the default one cannot be loaded.
     """
     try:
-        return settings, load_dataset(settings.dataset, settings.data_dir, settings.image_size)
+        return settings, load_dataset(
+            settings.dataset,
+            settings.data_dir,
+            settings.image_size,
+            settings.resize,
+            settings.training.patch_size,
+        )
     except DatasetError as error:
         if "dataset" in settings.named or not isinstance(error, DatasetUnavailable):
             raise CommandError(str(error)) from error
@@ -126,16 +132,6 @@ def load(settings):
             "run writes is labelled 'digits'."
         )
         return resolve({**settings.named, "dataset": "digits"}), load_dataset("digits")
-
-
-def check_patches(recipe, dataset):
-    """Raises a `CommandError` unless the patches of a recipe divide the images of a data set."""
-    sides = dict.fromkeys(dataset.image_shape[:2])
-    if any(side % recipe.patch_size for side in sides):
-        shown = f"side{'s' if len(sides) > 1 else ''} of {' and '.join(map(str, sides))}"
-        raise CommandError(
-            f"--patch-size must divide the image {shown} pixels, but is {recipe.patch_size}"
-        )
 
 
 def with_epochs(settings, images):

@@ -48,6 +48,7 @@ def build_model(dataset, recipe, dtype=None):
         class_names=dataset.class_names,
         augmentation=augmentation(dataset, recipe),
         dtype=dtype,
+        resize=dataset.resize,
     )
     model.adapt(dataset.train_images)
     model.seen = dataset.seen
