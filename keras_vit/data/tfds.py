@@ -158,16 +158,19 @@ def _fitted(image, size, resize):
     """A uint8 image in another size, as `read_image` fits those of files."""
     import tensorflow as tf
 
-    if resize == "crop":
-        # The largest box of the new aspect ratio, in the middle.
-        sides = tf.cast(tf.shape(image)[:2], tf.float64)
-        scale = tf.reduce_min(sides / tf.constant(size, tf.float64))
-        box = tf.cast(tf.round(scale * tf.constant(size, tf.float64)), tf.int32)
-        top, left = tf.unstack((tf.shape(image)[:2] - box) // 2)
-        image = tf.image.crop_to_bounding_box(image, top, left, box[0], box[1])
-    image = tf.cast(image, tf.float32)
+    def whole(numbers):
+        return tf.cast(tf.round(numbers), tf.int32)
+
+    sides, new = (tf.cast(x, tf.float64) for x in (tf.shape(image)[:2], size))
+    inner = size
+    if resize == "crop":  # The largest box of the new aspect ratio, in the middle.
+        box = whole(new * tf.reduce_min(sides / new))
+        place = (tf.shape(image)[:2] - box) // 2
+        image = tf.image.crop_to_bounding_box(image, *tf.unstack(place), *tf.unstack(box))
+    elif resize == "pad":
+        inner = tf.maximum(whole(sides * tf.reduce_min(new / sides)), 1)
+    image = tf.image.resize(tf.cast(image, tf.float32), inner, antialias=True)
     if resize == "pad":
-        image = tf.image.resize_with_pad(image, *size, antialias=True)
-    else:
-        image = tf.image.resize(image, size, antialias=True)
+        place = whole((new - tf.cast(inner, tf.float64)) / 2)
+        image = tf.image.pad_to_bounding_box(image, *tf.unstack(place), *size)
     return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)
