@@ -3,11 +3,12 @@
 __version__ = "0.1.0"
 
 from keras_vit.attention import attention_rollout, attention_scores, patch_weights
-from keras_vit.data import load_dataset
+from keras_vit.data import load_dataset, read_image
 from keras_vit.layers import MixUpCutMix, Patches, RandomResizedCrop, TrivialAugment
 from keras_vit.loading import load_model
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer
+from keras_vit.prediction import predict
 from keras_vit.presets import list_presets
 from keras_vit.training import Muon
 
@@ -25,4 +26,6 @@ __all__ = [
     "load_model",
     "patch_weights",
     "list_presets",
+    "predict",
+    "read_image",
 ]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_vit.layers import gelu
-from keras_vit.reporting.metrics import predict
+from keras_vit.prediction import predict
 
 
 class Format(typing.NamedTuple):

@@ -24,7 +24,7 @@ from keras_vit.layers import (
     gelu,
 )
 from keras_vit.layers.mix import partners
-from keras_vit.validation import fraction_below_one, positive_integer, shape_of_image
+from keras_vit.validation import fraction_below_one, positive_integer, resizing, shape_of_image
 
 EPSILON = 1e-6
 
@@ -70,6 +70,9 @@ class VisionTransformer(keras.Model):
             as well.
         dtype: dtype policy of the layers, such as `"mixed_bfloat16"`; by
             default the global policy. Pixels and logits stay in float32.
+        resize: string, how image files of another aspect ratio are fitted to
+            `image_shape`, saved with the model for `keras_vit.predict`:
+            `"squash"`, `"crop"` or `"pad"`, as for `keras_vit.read_image`.
         **kwargs: base model keyword arguments, such as `name`.
 
     Raises:
@@ -102,6 +105,7 @@ class VisionTransformer(keras.Model):
         class_names: Sequence[str] | None = None,
         augmentation: Sequence[keras.layers.Layer] | None = None,
         dtype: str | keras.DTypePolicy | None = None,
+        resize: str = "squash",
         **kwargs,
     ):
         sizes = {
@@ -130,6 +134,7 @@ class VisionTransformer(keras.Model):
                 f"Expected `class_names` to be {num_classes} names. "
                 f"Received: class_names={class_names!r}"
             )
+        resize = resizing(resize)
         if augmentation is None:
             augmentation = default_augmentation(image_shape)
         augmentation = _checked(augmentation)
@@ -175,6 +180,7 @@ class VisionTransformer(keras.Model):
         names = None if class_names is None else tuple(map(str, class_names))
         self.class_names = names
         self.pooling = pooling
+        self.resize = resize
         # Short digests of the image files that the model was trained or validated on, if known.
         self.seen = ()
         self._config = {
@@ -184,6 +190,7 @@ class VisionTransformer(keras.Model):
             "pooling": pooling,
             "class_names": names and list(names),
             "dtype": policy.name,
+            "resize": resize,
             **sizes,
         }
 

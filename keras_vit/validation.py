@@ -2,6 +2,9 @@
 
 import numbers
 
+# How an image is fitted to a size of another aspect ratio.
+RESIZINGS = ("squash", "crop", "pad")
+
 
 def positive_integer(name: str, value: int) -> int:
     """`value` as an int.
@@ -52,3 +55,15 @@ def fraction_below_one(name: str, value: float) -> float:
     if not isinstance(value, numbers.Real) or not 0 <= value < 1:
         raise ValueError(f"Expected `{name}` to be a number in [0, 1). Received: {name}={value!r}")
     return value
+
+
+def resizing(resize: str) -> str:
+    """`resize`, if it is one of `RESIZINGS`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if resize not in RESIZINGS:
+        names = ", ".join(map(repr, RESIZINGS))
+        raise ValueError(f"Expected `resize` to be one of {names}. Received: resize={resize!r}")
+    return resize

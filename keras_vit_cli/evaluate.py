@@ -69,7 +69,11 @@ def unseen_by(model, options):
         return load_suitable(model, options.model, options.dataset, options.data_dir), {}
     try:
         dataset, left_out = load_unseen(
-            options.dataset, model.input_shape[1:3], model.class_names, frozenset(model.seen)
+            options.dataset,
+            model.input_shape[1:3],
+            model.class_names,
+            frozenset(model.seen),
+            model.resize,
         )
     except DatasetError as error:
         raise CommandError(str(error)) from error

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 
 from keras_vit import loading
-from keras_vit.data import DatasetError, ImageError, is_folder, load_dataset, read_image
+from keras_vit.data import DatasetError, ImageError, has_fixed_size, load_dataset
+from keras_vit.data.images import MODES
 from keras_vit.files import visible
+from keras_vit.prediction import read_for
 from keras_vit.presets import load_preset
 from keras_vit_cli.errors import CommandError
 
@@ -17,15 +19,11 @@ BATCH_SIZE = 256
 
 
 def load_model(path):
-    """The `VisionTransformer` of a file, for grey or RGB images."""
+    """The `VisionTransformer` of a file."""
     try:
         model = load_preset(path)
     except loading.ModelError as error:
         raise CommandError(str(error)) from error
-    if model.input_shape[-1] not in (1, 3):
-        raise CommandError(
-            f"{path} takes images of {model.input_shape[-1]} channels, not grey or RGB"
-        )
     return model
 
 
@@ -38,10 +36,10 @@ def load_suitable(model, path, name, data_dir):
     """Loads a data set and checks that it matches the model."""
     if not name:
         raise CommandError("--dataset must not be empty")
-    # The model knows what it takes; a folder is resized to that.
-    size = model.input_shape[1:3] if is_folder(name) else None
+    # The model knows what it takes; all but arrays are resized to that.
+    size = None if has_fixed_size(name) else model.input_shape[1:3]
     try:
-        dataset = load_dataset(name, data_dir, size)
+        dataset = load_dataset(name, data_dir, size, model.resize)
     except DatasetError as error:
         raise CommandError(str(error)) from error
     check_suits(model, path, dataset)
@@ -72,13 +70,17 @@ def image_batches(words, model):
         Names of up to 256 files, the images `(B, H, W, C)` of those that could be read, whose names
         these are; and whether stderr names others that could not.
     """
-    height, width, channels = model.input_shape[1:]
+    if model.input_shape[-1] not in MODES:
+        raise CommandError(
+            f"the model takes images of {model.input_shape[-1]} channels: expected one of 1, 3 or "
+            "4, as files of images have them"
+        )
     files = _listed(words)
     while paths := list(itertools.islice(files, BATCH_SIZE)):
         images, names = [], []
         for path in paths:
             try:
-                images.append(read_image(path, (height, width), channels))
+                images.append(read_for(model, path))
                 names.append(path)
             except ImageError as error:
                 print(f"error: {path} cannot be read: {error}", file=sys.stderr)

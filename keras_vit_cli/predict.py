@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 
-from keras_vit.reporting import metrics
+from keras_vit.prediction import predict
 from keras_vit_cli.inputs import class_names, image_batches, load_model
 
 SHOWN = 5  # Classes of an image that are named.
@@ -19,7 +19,7 @@ def run(options):
         writer.writerow(("image", "rank", "class", "probability"))
     for paths, images, some_failed in image_batches(options.images, model):
         failed |= some_failed
-        for path, row in zip(paths, metrics.predict(model, images) if paths else []):
+        for path, row in zip(paths, predict(model, images)):
             likeliest = [(names[i], float(row[i])) for i in row.argsort()[::-1][:SHOWN]]
             if options.csv:
                 writer.writerows((path, i, *pair) for i, pair in enumerate(likeliest, start=1))

@@ -43,7 +43,16 @@ class Settings:
         None, "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else its own)"
     )
     image_size: int | None = option(
-        None, "side that images of a folder are resized to (default: what suits them)", low=1
+        None,
+        "side that images of a folder or of TensorFlow Datasets are resized to (default: what "
+        "suits them and the patches)",
+        low=1,
+    )
+    resize: str = option(
+        "squash",
+        "how images of another aspect ratio are fitted: scaled in both directions, cut to the "
+        "middle, or padded with black",
+        choices=("squash", "crop", "pad"),
     )
     limit_train: int | None = option(None, "train on at most so many images", low=1)
     validation: int = option(0, "training images held out to validate on after each epoch", low=0)
@@ -220,8 +229,37 @@ def resolve(named):
         )
     if named.get("extend") and not named.get("init_from"):
         raise CommandError(f"--extend {named['extend']} needs --init-from RUN")
+    if named.get("image_size") and not named.get("init_from"):
+        check_patches(training.patch_size, (named["image_size"],), "--image-size {} or {}")
     run = {x.name: named[x.name] for x in RUN_OPTIONS if x.name in named}
     return Settings(**{**run, "recipe": recipe}, training=training, named=dict(named))
+
+
+def check_patches(patch, sides, other_sizes=None):
+    """Raises a `CommandError`, which names what would fit, unless patches divide images.
+
+    Args:
+        patch: int, side of a patch.
+        sides: sides of an image.
+        other_sizes: string, how the command line gives two others, where it can.
+    """
+    sides = tuple(dict.fromkeys(sides))
+    if not any(side % patch for side in sides):
+        return
+    advice = []
+    if other_sizes:
+        below = max(sides[0] // patch, 1) * patch
+        advice.append(other_sizes.format(*dict.fromkeys((below, below + patch))))
+    common = math.gcd(*sides)
+    divisors = [x for x in range(2, min(sides)) if common % x == 0]
+    larger = [x for x in divisors if x > patch][:2]
+    if fitting := larger or divisors[-1:]:
+        advice.append(f"--patch-size {' or '.join(map(str, fitting))}")
+    shown = f"side{'s' if len(sides) > 1 else ''} of {' and '.join(map(str, sides))}"
+    raise CommandError(
+        f"--patch-size must divide the image {shown} pixels, but is {patch}"
+        + (f". Try {', or '.join(advice)}" if advice else "")
+    )
 
 
 def read_config(path):
@@ -259,6 +297,7 @@ def current_names(settings):
         # A run's own file, which lists every setting: what has become one since was the baseline's.
         for field in RECIPE_OPTIONS:
             settings.setdefault(field.name, _plain(field.default))
+        settings.setdefault("resize", "squash")
     if "mixed_precision" in settings:
         mixed = settings.pop("mixed_precision")
         settings["precision"] = "bfloat16" if mixed else "float32"

@@ -19,7 +19,7 @@ from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.evaluate import measure
 from keras_vit_cli.report import draw, write_page
 from keras_vit_cli.run_directory import RunDirectory, check_writable
-from keras_vit_cli.settings import resolve
+from keras_vit_cli.settings import check_patches, resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
 EFFICIENCY = 0.6
@@ -42,12 +42,13 @@ def run(settings, figures_dir=None):
     if figures_dir:
         check_writable(figures_dir, "--figures-dir")
     RunDirectory.of(settings).check(settings.overwrite)
-    settings, dataset = load(settings)
-    pretrained = load_pretrained(settings, dataset)
-    settings = with_architecture_of(settings, pretrained)
+    pretrained = load_pretrained(settings)
+    settings, dataset = load(with_architecture_of(settings, pretrained))
+    settings = with_architecture_of(settings, pretrained)  # Of the digits, if `load` took those.
+    check_channels(settings, pretrained, dataset)
     run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     run_dir.check(settings.overwrite)
-    check_patches(settings.training, dataset)
+    check_patches(settings.training.patch_size, dataset.image_shape[:2])
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     try:
         dataset, validation = dataset.for_training(
@@ -125,7 +126,13 @@ def load(settings):
     Falls back to the digits if no data set was given and the default one cannot be loaded.
     """
     try:
-        return settings, load_dataset(settings.dataset, settings.data_dir, settings.image_size)
+        return settings, load_dataset(
+            settings.dataset,
+            settings.data_dir,
+            settings.image_size,
+            settings.resize,
+            settings.training.patch_size,
+        )
     except DatasetError as error:
         if "dataset" in settings.named or not isinstance(error, DatasetUnavailable):
             raise CommandError(str(error)) from error
@@ -136,22 +143,26 @@ def load(settings):
         return resolve({**settings.named, "dataset": "digits"}), load_dataset("digits")
 
 
-def load_pretrained(settings, dataset):
+def load_pretrained(settings):
     """The model that a run starts from; None if it starts from nothing."""
     name = settings.init_from
     if name is None:
         return None
     run_dir = RunDirectory(name)
     try:
-        model = load_preset(run_dir.model if run_dir.config.exists() else name)
+        return load_preset(run_dir.model if run_dir.config.exists() else name)
     except ModelError as error:
         raise CommandError(f"--init-from {error}") from error
-    channels, found = model.input_shape[-1], dataset.image_shape[-1]
-    if channels != found:
+
+
+def check_channels(settings, model, dataset):
+    """Raises a `CommandError` unless a pretrained model takes the images of a data set."""
+    channels, found = model and model.input_shape[-1], dataset.image_shape[-1]
+    if channels not in (None, found):
         raise CommandError(
-            f"--init-from {name} takes images of {channels} channels, {dataset.name} has {found}"
+            f"--init-from {settings.init_from} takes images of {channels} channels, "
+            f"{dataset.name} has {found}"
         )
-    return model
 
 
 def with_architecture_of(settings, model):
@@ -169,16 +180,6 @@ def with_architecture_of(settings, model):
             )
     recipe = dataclasses.replace(settings.training, **found)
     return dataclasses.replace(settings, training=recipe)
-
-
-def check_patches(recipe, dataset):
-    """Raises a `CommandError` unless the patches of a recipe divide the images of a data set."""
-    sides = dict.fromkeys(dataset.image_shape[:2])
-    if any(side % recipe.patch_size for side in sides):
-        shown = f"side{'s' if len(sides) > 1 else ''} of {' and '.join(map(str, sides))}"
-        raise CommandError(
-            f"--patch-size must divide the image {shown} pixels, but is {recipe.patch_size}"
-        )
 
 
 def with_epochs(settings, images):

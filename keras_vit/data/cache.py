@@ -10,17 +10,20 @@ import hashlib
 import json
 import os
 import pathlib
+import sys
 import time
 
 import numpy as np
 
-from keras_vit.data.images import ImageError, TooLarge, common_size, read_image
+from keras_vit.data.images import SMALL_PART, ImageError, common_size, read_and_measure
 from keras_vit.files import PARTS, atomic_write, write_json
 
 # Larger arrays are memory-mapped.
 IN_MEMORY = 2 * 2**30
 # The arrays that were used last are kept up to this size in all, and at least the current one.
 MOST_CACHED = 20 * 2**30
+# Changes whenever the same file is read as other pixels.
+VERSION = 2
 # Temporary files of killed processes are removed after this many seconds.
 ABANDONED = 24 * 3600
 
@@ -74,9 +77,10 @@ def _digest_of_text(text):
     return hashlib.sha256(str(text).encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def decoded(folder, files, size):
+def decoded(folder, files, size, resize="squash", multiple_of=1):
     """The readable images as one array, through the cache; and error messages by path."""
-    content = json.dumps([size, [(file.path, file.digest) for file in files]])
+    listed = [(file.path, file.digest) for file in files]
+    content = json.dumps([VERSION, size or multiple_of, resize, listed])
     paths = [folder / file.path for file in files]
     with _cache() as place:
         key = _digest_of_text(content)
@@ -86,7 +90,8 @@ def decoded(folder, files, size):
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
             with atomic_write(array) as part:
-                unreadable = _decode(paths, size or common_size(paths), part, place)
+                side = size or common_size(paths, multiple_of)
+                unreadable = _decode(paths, side, resize, part, place)
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
@@ -111,7 +116,7 @@ def _remove_oldest(place, current):
                 path.with_suffix(".json").unlink()
 
 
-def _decode(files, size, part, place):
+def _decode(files, size, resize, part, place):
     """Writes the readable images to one .npy file; returns error messages by path."""
     import keras
 
@@ -126,13 +131,11 @@ def _decode(files, size, part, place):
 
     def read(path):
         try:
-            return read_image(path, size)
-        except TooLarge:
-            raise
+            return read_and_measure(path, size, resize=resize)
         except ImageError as error:
             return str(error).replace(repr(str(path)), "").strip()
 
-    unreadable, row = {}, 0
+    unreadable, dark, row = {}, [], 0
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for start in range(0, len(files), 1024):
             chunk = files[start : start + 1024]
@@ -140,8 +143,16 @@ def _decode(files, size, part, place):
                 if isinstance(image, str):
                     unreadable[path] = image
                 else:
-                    images[row] = image
+                    images[row], used = image
+                    dark += [path] if used < SMALL_PART else []
                     row += 1
             bar.update(start + len(chunk))
     images.flush()
+    if dark:
+        print(
+            f"WARNING: {len(dark):,} of {len(files):,} images use less than a quarter of their 16 "
+            f"bits, such as {dark[0]}: they are read as dark as they are. If they hold 10 or 12 "
+            "bits, scale them to 16 first",
+            file=sys.stderr,
+        )
     return unreadable

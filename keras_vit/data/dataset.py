@@ -55,6 +55,8 @@ class Dataset:
         validation: pair `(images, labels)`, the validation set, if the source has one.
         manifest: tuple of `ImageFile`, the files of a folder, those of each split in the order of
             its images; None for other sources.
+        resize: string, how images of another aspect ratio were fitted to the size of these, as
+            for `read_image`.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Dataset:
     horizontal_flip: bool
     validation: tuple[np.ndarray, np.ndarray] | None = None
     manifest: tuple[ImageFile, ...] | None = None
+    resize: str = "squash"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -166,6 +169,8 @@ def digest(dataset):
     if dataset.manifest is not None:
         files = [(x.class_name, x.digest) for x in dataset.manifest if x.split == TRAIN]
         content = json.dumps([dataset.image_shape, dataset.class_names, files])
+        if dataset.resize != "squash":  # The digest of earlier versions, which knew no other.
+            content += dataset.resize
         return hashlib.sha256(content.encode()).hexdigest()
     images, labels = dataset.train_images, dataset.train_labels
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())

@@ -7,7 +7,7 @@ import sys
 import unicodedata
 
 from keras_vit.data import cache
-from keras_vit.data.images import ImageError
+from keras_vit.data.images import ImageError, TooLarge
 from keras_vit.files import is_system_name, visible
 
 # Fraction of the files below which unreadable ones are left out.
@@ -91,7 +91,7 @@ def list_folder(folder, test_fraction=TEST_FRACTION):
     return sorted(manifest, key=lambda x: (SPLITS.index(x.split), x.path)), sorted(names)
 
 
-def read_folder(folder, files, image_size=None):
+def read_folder(folder, files, image_size=None, resize="squash", multiple_of=1):
     """Reads the images of a folder.
 
     Args:
@@ -100,21 +100,23 @@ def read_folder(folder, files, image_size=None):
         image_size: int or pair `(height, width)`, size in pixels that images are resized to; by
             default their own size if all have the same one of at most 128, else a square from 32
             to 64 by their median side.
+        resize: string, how images of another aspect ratio are fitted, as for `read_image`.
+        multiple_of: int, what the sides of a default size are multiples of.
 
     Returns:
         uint8 array `(N, H, W, 3)`, memory-mapped if it is large; and the entry of `files` of each
         image. Warnings list the unreadable files.
 
     Raises:
-        ImageError: if an image has more than 89 million pixels, or if 1% of the files or more
-            cannot be read.
+        ImageError: if 1% of the files or more cannot be read, except for too large images.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    images, unreadable = cache.decoded(folder, files, size)
+    images, unreadable = cache.decoded(folder, files, size, resize, multiple_of)
     if unreadable:
         lines = [f"{_printable(path)}: {reason}" for path, reason in unreadable.items()]
         shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
-        if len(unreadable) >= MOST_UNREADABLE * len(files):
+        damaged = [x for x in unreadable.values() if not x.startswith(TooLarge.START)]
+        if damaged and len(damaged) >= MOST_UNREADABLE * len(files):
             raise ImageError(
                 f"{len(unreadable)} of {len(files)} files in {folder} cannot be read ({shown})"
             )

@@ -22,6 +22,7 @@ from keras_vit.data.folders import (
 )
 from keras_vit.data.images import ImageError
 from keras_vit.data.tfds import load_tfds
+from keras_vit.validation import resizing
 
 # Names that refer to a data set even if there is a folder of the same name.
 NAMED = ("cifar10", "cifar100", "digits")
@@ -31,6 +32,8 @@ def load_dataset(
     source: str = "cifar10",
     data_dir: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    resize: str = "squash",
+    multiple_of: int = 1,
 ) -> Dataset:
     """Loads labelled images for training and testing.
 
@@ -49,7 +52,11 @@ def load_dataset(
         data_dir: string, folder of prepared TensorFlow Datasets; by default
             `TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
         image_size: int or pair `(height, width)`, size in pixels that the
-            images of a folder are resized to.
+            images of a folder or of TensorFlow Datasets are resized to.
+        resize: string, how images of another aspect ratio are fitted to
+            that size, as for `keras_vit.read_image`.
+        multiple_of: int, what the sides of images are multiples of where
+            `image_size` is not given, such as a model's `patch_size`.
 
     Returns:
         A `Dataset`.
@@ -57,14 +64,21 @@ def load_dataset(
     Raises:
         DatasetError: if the data set is unknown, is not on disk and cannot be
             downloaded, or is not for image classification.
+        ValueError: if `resize` is unknown.
     """
+    resizing(resize)
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if is_folder(source):
-        return _load_folder(pathlib.Path(source).expanduser(), image_size)
-    if image_size is not None:
-        raise DatasetError(f"an image size is only for folders of images, and {source} is not one")
-    if source == "digits":
-        return load_digits()
-    return load_npz(source) if source.endswith(".npz") else load_tfds(source, data_dir)
+        return _load_folder(pathlib.Path(source).expanduser(), size, resize, multiple_of)
+    if not has_fixed_size(source):
+        return load_tfds(source, data_dir, size, resize, multiple_of)
+    if size is not None:
+        raise DatasetError(
+            "an image size is only for folders of images and for TensorFlow Datasets, and "
+            f"{source} is neither"
+        )
+    dataset = load_digits() if source == "digits" else load_npz(source)
+    return dataclasses.replace(dataset, resize=resize)
 
 
 def is_folder(source):
@@ -72,11 +86,17 @@ def is_folder(source):
     return source not in NAMED and os.path.isdir(os.path.expanduser(source))
 
 
+def has_fixed_size(source):
+    """Whether the images of a source are arrays, which are not resized."""
+    return not is_folder(source) and (source == "digits" or source.endswith(".npz"))
+
+
 def load_unseen(
     folder: str,
     image_size: tuple[int, int],
     class_names: Sequence[str] | None,
     seen: Collection[str],
+    resize: str = "squash",
 ) -> tuple[Dataset, dict[str, int]]:
     """Loads all images of a folder that a model was not trained or validated on.
 
@@ -86,6 +106,7 @@ def load_unseen(
         class_names: class names of the model, in order; None for the sorted sub-folders.
         seen: short digests of the images that the model was trained or validated on; if empty,
             they are unknown, and only the test images of `load_dataset` are used.
+        resize: string, how images of another aspect ratio are fitted to that size.
 
     Returns:
         A `Dataset` with these images as test images (and as training images); and the number of
@@ -103,7 +124,7 @@ def load_unseen(
             raise DatasetError(
                 f"{folder} has images of {others}, expected some of {', '.join(class_names)}"
             )
-        images, files = read_folder(path, listed, image_size)
+        images, files = read_folder(path, listed, image_size, resize)
     reasons = {
         "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
         "that are copies of others": lambda x: x.split == COPY,
@@ -126,14 +147,15 @@ def load_unseen(
     files = [dataclasses.replace(file, split=TEST) for file, is_kept in zip(files, kept) if is_kept]
     labels = np.array([class_names.index(file.class_name) for file in files], "int64")
     name, pair = path.resolve().name, (images, labels)
-    return Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files)), left_out
+    dataset = Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files), resize=resize)
+    return dataset, left_out
 
 
-def _load_folder(folder, image_size):
+def _load_folder(folder, image_size, resize, multiple_of):
     with _dataset_errors(folder):
         files, names = list_folder(folder)
         check_trainable(folder, files, names)
-        images, files = read_folder(folder, files, image_size)
+        images, files = read_folder(folder, files, image_size, resize, multiple_of)
         check_trainable(folder, files, names)
     warn_of_split(files, names)
     labels = np.array([names.index(file.class_name) for file in files], "int64")
@@ -153,6 +175,7 @@ def _load_folder(folder, image_size):
         horizontal_flip=name not in NOT_MIRRORED,
         validation=part(VALIDATION) if VALIDATION in splits else None,
         manifest=tuple(files),
+        resize=resize,
     )
 
 

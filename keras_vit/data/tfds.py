@@ -1,5 +1,7 @@
 """Image classification data sets of TensorFlow Datasets."""
 
+import dataclasses
+
 import numpy as np
 
 from keras_vit.data.dataset import (
@@ -9,26 +11,40 @@ from keras_vit.data.dataset import (
     DatasetUnavailable,
     split_off_test,
 )
-from keras_vit.data.images import first_line
+from keras_vit.data.images import first_line, nearest_multiple
 
 # Side that images are resized to if they differ in size or have a side larger than LARGEST.
 RESIZED_SIDE, LARGEST = 64, 128
 
 
-def load_tfds(source, data_dir):
+def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1):
     builder = _builder(source, data_dir)
     image_feature, label_feature = _supervised_features(builder)
     _prepare(builder)
     parts = [builder.name, builder.builder_config and builder.builder_config.name]
     mirror, names = NOT_MIRRORED.isdisjoint(parts), list(label_feature.names)
-    train = _read_split(builder, "train", image_feature)
+    size = _new_size(image_feature.shape, image_size, multiple_of)
+    train = _read_split(builder, "train", size, resize)
     if train is None:
         raise DatasetError(f"{source} has no labelled split named 'train'")
     for split in ("test", "validation"):
-        test = _read_split(builder, split, image_feature)
+        test = _read_split(builder, split, size, resize)
         if test is not None:
-            return Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
-    return split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+            pairs = (*train, *test)
+            return Dataset(source, *pairs, names, horizontal_flip=mirror, resize=resize)
+    dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+    return dataclasses.replace(dataset, resize=resize)
+
+
+def _new_size(shape, image_size, multiple_of):
+    """The height and width that images of a shape are resized to; None if they keep theirs."""
+    own = shape[:2]
+    size = image_size
+    if size is None:
+        keeps = None not in own and max(own) <= LARGEST
+        size = own if keeps else (RESIZED_SIDE, RESIZED_SIDE)
+        size = tuple(nearest_multiple(side, multiple_of) for side in size)
+    return None if tuple(own) == tuple(size) else size
 
 
 def _builder(source, data_dir):
@@ -107,14 +123,14 @@ def _supervised_features(builder):
     return pair
 
 
-def _read_split(builder, split, image_feature):
+def _read_split(builder, split, size, resize):
     """Images and labels of a split as two arrays; None if it is missing or unlabelled."""
     import tensorflow as tf
 
     if split not in builder.info.splits:
         return None
     try:
-        return _read_arrays(builder, split, image_feature)
+        return _read_arrays(builder, split, size, resize)
     except (OSError, StopIteration, tf.errors.OpError) as error:
         raise DatasetError(
             f"{builder.name} in {builder.data_dir} cannot be read ({first_line(error)}): if it is "
@@ -122,21 +138,39 @@ def _read_split(builder, split, image_feature):
         ) from error
 
 
-def _read_arrays(builder, split, image_feature):
+def _read_arrays(builder, split, size, resize):
     import tensorflow as tf
 
     images = builder.as_dataset(split=split, as_supervised=True)
     _, first_label = next(iter(images.take(1)))
     if first_label < 0:  # Marks labels that are not public.
         return None
-    height, width, _ = image_feature.shape
-    if None in (height, width) or max(height, width) > LARGEST:
-        size = RESIZED_SIDE, RESIZED_SIDE
-
-        def resize(image, label):
-            image = tf.image.resize(tf.cast(image, tf.float32), size, antialias=True)
-            return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8), label
-
-        images = images.map(resize, num_parallel_calls=tf.data.AUTOTUNE)
+    if size is not None:
+        images = images.map(
+            lambda image, label: (_fitted(image, size, resize), label),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
     arrays = images.batch(builder.info.splits[split].num_examples).get_single_element()
     return tuple(np.asarray(array) for array in arrays)
+
+
+def _fitted(image, size, resize):
+    """A uint8 image in another size, as `read_image` fits those of files."""
+    import tensorflow as tf
+
+    def whole(numbers):
+        return tf.cast(tf.round(numbers), tf.int32)
+
+    sides, new = (tf.cast(x, tf.float64) for x in (tf.shape(image)[:2], size))
+    inner = size
+    if resize == "crop":  # The largest box of the new aspect ratio, in the middle.
+        box = whole(new * tf.reduce_min(sides / new))
+        place = (tf.shape(image)[:2] - box) // 2
+        image = tf.image.crop_to_bounding_box(image, *tf.unstack(place), *tf.unstack(box))
+    elif resize == "pad":
+        inner = tf.maximum(whole(sides * tf.reduce_min(new / sides)), 1)
+    image = tf.image.resize(tf.cast(image, tf.float32), inner, antialias=True)
+    if resize == "pad":
+        place = whole((new - tf.cast(inner, tf.float64)) / 2)
+        image = tf.image.pad_to_bounding_box(image, *tf.unstack(place), *size)
+    return tf.cast(tf.clip_by_value(tf.round(image), 0, 255), tf.uint8)

@@ -64,9 +64,10 @@ def pack(model, images, titles):
 
 
 def data_uri(image):
-    """A uint8 image `(H, W, C)` as a data URI in PNG format."""
+    """A uint8 image `(H, W, C)` as a data URI in PNG format, in colour or grey."""
     file = io.BytesIO()
-    Image.fromarray(image if image.shape[-1] == 3 else image[..., 0]).save(file, "PNG")
+    image = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+    Image.fromarray(np.ascontiguousarray(image)).save(file, "PNG")
     return png_uri(file.getvalue())
 
 

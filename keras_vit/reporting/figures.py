@@ -452,7 +452,8 @@ class _LocalizedTicks(ScalarFormatter):
 def _show(axis, image):
     """An image of 0 to 255, in colour or grey."""
     image = np.clip(np.round(image), 0, 255).astype("uint8")
-    axis.imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray", vmin=0, vmax=255)
+    image = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+    axis.imshow(image, cmap="gray", vmin=0, vmax=255)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set_visible(False)

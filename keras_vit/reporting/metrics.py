@@ -10,18 +10,7 @@ import numpy as np
 from sklearn import metrics
 
 from keras_vit.devices import accelerators
-
-BATCH_SIZE = 256
-
-
-def predict(model, images):
-    """Class probabilities `(N, num_classes)` of images `(N, H, W, C)`, in float64."""
-    starts = range(0, len(images), BATCH_SIZE)
-    # On TensorFlow, `predict` uses `tf.data`, whose autotuning thread delays its return.
-    parts = [model.predict_on_batch(images[start : start + BATCH_SIZE]) for start in starts]
-    logits = np.concatenate(parts).astype("float64")
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponentials / exponentials.sum(axis=1, keepdims=True)
+from keras_vit.prediction import predict
 
 
 def flip_averaged_accuracy(model, images, labels, probabilities):

@@ -57,6 +57,7 @@ def build_model(dataset, recipe, dtype=None, pretrained=None):
         class_names=dataset.class_names,
         augmentation=augmentation(dataset, recipe),
         dtype=dtype,
+        resize=dataset.resize,
     )
     model.seen = dataset.seen
     if pretrained is None:

@@ -335,6 +335,27 @@ def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monk
     assert "differs from Keras by more than 0.001" in capsys.readouterr().err
 
 
+def test_images_of_four_channels_are_measured_predicted_and_explained(capsys, tmp_path):
+    """`evaluate`, `predict` and `explain` take what `train` takes."""
+    random = np.random.default_rng(0)
+    images, labels = random.integers(0, 256, (6, 8, 8, 4)).astype("uint8"), np.arange(6) % 2
+    arrays = {"x_train": images, "y_train": labels, "x_test": images, "y_test": labels}
+    np.savez(tmp_path / "set.npz", **arrays)
+    Image.fromarray(images[0], "RGBA").save(tmp_path / "0.png")
+    model = VisionTransformer((8, 8, 4), 2, depth=1, embed_dim=8, num_heads=1, resize="crop")
+    model.save(tmp_path / "model.keras")
+    words = [tmp_path / "model.keras", tmp_path / "0.png"]
+    assert run("evaluate", words[0], "--dataset", tmp_path / "set.npz") == 0
+    assert run("explain", *words, "-o", tmp_path / "out", "--html") == 0
+    capsys.readouterr()
+    assert run("predict", *words, "--json") == 0
+    pairs = json.loads(capsys.readouterr().out)["predictions"]
+    logits = model.predict(images[:1], verbose=0)[0].astype("float64")
+    expected = np.exp(logits) / np.exp(logits).sum()
+    found = {pair["class"]: pair["probability"] for pair in pairs}
+    assert [found["0"], found["1"]] == pytest.approx(expected, abs=1e-6)
+
+
 WRONG = {
     "": "the following arguments are required: COMMAND",
     "fly": "invalid choice: 'fly'",
@@ -353,7 +374,7 @@ WRONG = {
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "export {model} --format torch -o x": "--format must be one of onnx, saved_model, litert, not",
-    "predict {deep} x.png": "takes images of 4 channels, not grey or RGB",
+    "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
     "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
@@ -364,10 +385,12 @@ WRONG = {
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
     "train --dataset {images} --image-size 15": (
-        "error: --patch-size must divide the image side of 15 pixels, but is 4\n"
+        "error: --patch-size must divide the image side of 15 pixels, but is 4. Try --image-size "
+        "12 or 16, or --patch-size 5\n"
     ),
     "train --dataset {empty}": "has no images in sub-folders",
     "train --dataset digits --image-size 16": "is only for folders of images",
+    "train --dataset {empty} --image-size 50": "Try --image-size 48 or 52, or --patch-size 5 or",
 }
 
 
@@ -382,7 +405,7 @@ def places(place, tmp_path_factory):
             image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
             image.save(root / "others" / name / f"{index}.png")
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(root / "net.keras")
-    VisionTransformer((8, 8, 4), depth=1, embed_dim=8, num_heads=1).save(root / "deep.keras")
+    VisionTransformer((8, 8, 5), depth=1, embed_dim=8, num_heads=1).save(root / "deep.keras")
     return {
         **{"empty": root / "empty", "others": root / "others"},
         **{"net": root / "net.keras", "deep": root / "deep.keras"},

@@ -117,6 +117,34 @@ def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     assert set(run.named) == {"epochs", "seed", "milestones", "limit_train"}
 
 
+def test_a_run_of_an_earlier_version_squashed_its_images(tmp_path):
+    before = settings.parse(["--resize", "crop"]).to_json()
+    del before["resize"]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    assert settings.parse(["--config", str(tmp_path / "config.json")]).named["resize"] == "squash"
+
+
+FITTING = {
+    (4, 50, 50): "the image side of 50 pixels, but is 4. Try --patch-size 5 or 10",
+    (4, 50, 70): "the image sides of 50 and 70 pixels, but is 4. Try --patch-size 5 or 10",
+    (9, 16, 16): "the image side of 16 pixels, but is 9. Try --patch-size 8",
+    (4, 53, 53): "the image side of 53 pixels, but is 4",
+}
+
+
+@pytest.mark.parametrize("numbers", FITTING)
+def test_patches_that_do_not_divide_the_images_are_refused_with_what_would(numbers):
+    with pytest.raises(CommandError) as caught:
+        settings.check_patches(numbers[0], numbers[1:])
+    assert str(caught.value) == f"--patch-size must divide {FITTING[numbers]}"
+
+
+def test_an_image_size_that_no_patches_divide_is_refused_at_once():
+    with pytest.raises(CommandError, match="Try --image-size 48 or 52, or --patch-size 5 or 10$"):
+        settings.parse(["--image-size", "50"])
+    assert settings.parse(["--image-size", "50", "--patch-size", "5"]).image_size == 50
+
+
 def test_a_recipe_wins_over_that_of_the_file(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"recipe": "quick", "embed_dim": 96, "warmup": 0.1, "seed": 5}')

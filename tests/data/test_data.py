@@ -5,6 +5,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import cifar10_on_disk
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from keras_vit import load_dataset
@@ -14,7 +15,9 @@ from keras_vit.data import (
     DatasetError,
     DatasetUnavailable,
     DeviceBatches,
+    images,
 )
+from keras_vit.data import tfds as tfds_sets
 from keras_vit.data.tfds import RESIZED_SIDE
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
@@ -118,6 +121,30 @@ def test_small_images_keep_their_size_and_large_ones_are_resized(tmp_path):
         dataset = load_dataset(f"keras_vit_side{side}", tmp_path)
         assert dataset.train_images.shape == (2, expected, expected, 3)
         assert dataset.test_images.shape == (2, expected, expected, 3)
+
+
+def test_an_image_size_and_a_way_of_resizing_apply_to_tensorflow_datasets(tmp_path):
+    """Images of 20x30 pixels and one value: padding is black, and nothing else is."""
+    prepare(tmp_path, "KerasVitWide", {"train": [0, 1], "test": [1]}, (20, 30, 3))
+    padded = load_dataset("keras_vit_wide", tmp_path, 24, "pad")
+    assert padded.resize == "pad"
+    values = padded.test_images[0, :, :, 0]
+    assert values.shape == (24, 24) and (values[4:20] == 200).all()
+    assert not values[:4].any() and not values[20:].any()
+    cut = load_dataset("keras_vit_wide", tmp_path, (10, 40), "crop")
+    assert cut.train_images.shape == (2, 10, 40, 3)
+    assert np.unique(cut.train_images).tolist() == [60, 200]
+    assert load_dataset("keras_vit_wide", tmp_path, multiple_of=7).image_shape == (21, 28, 3)
+
+
+@pytest.mark.parametrize("resize", ["squash", "crop", "pad"])
+def test_images_of_tensorflow_datasets_are_fitted_like_files(resize):
+    pytest.importorskip("tensorflow")
+    y, x = np.mgrid[:90, :130]
+    image = np.dstack([x, 2 * y, 255 - x]).astype("uint8")
+    expected = images._fitted(Image.fromarray(image), (24, 20), resize)
+    found = np.asarray(tfds_sets._fitted(image, (24, 20), resize)).astype(int)
+    assert np.abs(found - np.asarray(expected)).max() <= 3
 
 
 def test_without_public_test_labels_the_validation_split_becomes_the_test_set(tmp_path):

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import struct
+import warnings
 
 import keras
 import numpy as np
@@ -60,9 +61,10 @@ def test_the_exif_orientation_is_applied(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(undo[orientation](shown))
-    path = saved(tmp_path / "turned.png", stored, exif=exif)
-    np.testing.assert_array_equal(read_image(path), shown)
-    assert image_files._size_of(path) == shown.shape[:2]
+    for suffix in ("png", "tiff"):
+        path = saved(tmp_path / f"turned.{suffix}", stored, exif=exif)
+        np.testing.assert_array_equal(read_image(path), shown)
+        assert image_files._size_of(path) == shown.shape[:2]
 
 
 def entry(tag, kind, count, value):
@@ -102,10 +104,6 @@ def test_all_pixel_formats_become_rgb(tmp_path):
     np.testing.assert_array_equal(deep[..., 0], [[0, 1, 128], [255, 0, 255]])
     deep = read_image(saved(tmp_path / "deep.tiff", grey_of_16_bits()))
     np.testing.assert_array_equal(deep[..., 2], [[0, 1, 128], [255, 0, 255]])
-    wide = Image.fromarray(grey_of_16_bits().astype("int32"))
-    np.testing.assert_array_equal(
-        read_image(saved(tmp_path / "wide.tiff", wide))[..., 1], [[0, 1, 128], [255, 0, 255]]
-    )
     grey = picture()[..., 0]
     expected = np.repeat(grey[..., None], 3, axis=-1)
     np.testing.assert_array_equal(read_image(saved(tmp_path / "grey.png", grey)), expected)
@@ -192,8 +190,10 @@ def test_eps_files_are_refused_and_never_run_ghostscript(tmp_path):
 def test_an_image_with_too_many_pixels_is_refused_before_decoding(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
     assert path.stat().st_size < 100_000
-    with pytest.raises(TooLarge, match="has more than 89,478,485 pixels"):
-        read_image(path)
+    with warnings.catch_warnings(action="error"):
+        with pytest.raises(TooLarge, match="too large: 200,000,000 pixels, at most 89,478,485 are"):
+            read_image(path)
+        assert image_files._size_of(path) == (10000, 20000)
 
 
 # Folders of images
@@ -550,10 +550,6 @@ BROKEN = {
         fill(root / "train", ["a", "b"], 3),
         empty(root / "test" / "a"),
     ),
-    "bomb.png has more than 89,478,485 pixels": lambda root: (
-        fill(root, ["a", "b"], 5),
-        saved(root / "a" / "bomb.png", Image.new("1", (20000, 10000))),
-    ),
     "none of 10 files can be read": lambda root: [
         (root / name).mkdir(parents=True, exist_ok=True)
         or (root / name / f"{index}.jpg").write_text(f"no image {name} {index}")
@@ -570,9 +566,10 @@ def test_folders_that_cannot_be_trained_on_are_refused(tmp_path, message):
         load_dataset(str(tmp_path / "set"))
 
 
-def test_an_image_size_is_only_for_folders():
-    with pytest.raises(data.DatasetError, match="is only for folders of images"):
+def test_an_image_size_is_not_for_arrays():
+    with pytest.raises(data.DatasetError, match="is only for folders of images and for Tensor"):
         load_dataset("digits", image_size=48)
+    assert load_dataset("digits", resize="pad").resize == "pad"
 
 
 def test_the_cache_keeps_the_arrays_that_were_used_last(tmp_path, monkeypatch):
