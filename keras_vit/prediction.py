@@ -1,6 +1,7 @@
 """Class probabilities of images: arrays, or files read as the model wants them."""
 
 import os
+import typing
 from collections.abc import Sequence
 
 import keras
@@ -40,7 +41,7 @@ def predict(
         raise ValueError(f"Expected `images` to be a list of paths. Received: images={images!r}")
     parts = [np.empty((0, model.output_shape[-1]))]
     for start in range(0, len(images), BATCH_SIZE):
-        batch = images[start : start + BATCH_SIZE]
+        batch: typing.Any = images[start : start + BATCH_SIZE]
         if not hasattr(batch, "shape"):
             batch = _stacked(model, batch)
         expected = model.input_shape[1:]

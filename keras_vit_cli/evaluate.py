@@ -73,7 +73,7 @@ def unseen_by(model, options):
             model.input_shape[1:3],
             model.class_names,
             frozenset(model.seen),
-            model.resize,
+            resize=model.resize,
         )
     except DatasetError as error:
         raise CommandError(str(error)) from error

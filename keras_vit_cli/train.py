@@ -140,7 +140,8 @@ def load(settings):
             f"{error}.\nTraining on scikit-learn's embedded digits instead; everything that this "
             "run writes is labelled 'digits'."
         )
-        return resolve({**settings.named, "dataset": "digits"}), load_dataset("digits")
+        digits = load_dataset("digits", resize=settings.resize)
+        return resolve({**settings.named, "dataset": "digits"}), digits
 
 
 def load_pretrained(settings):

@@ -228,7 +228,7 @@ def _opened(path):
     with contextlib.ExitStack() as stack:
         file = path if hasattr(path, "read") else stack.enter_context(open(path, "rb"))
         file.seek(0)
-        start, reason = file.read(16), f"cannot identify image file {_name(path)!r}"
+        start, reason = file.read(16), f"cannot identify image file {str(path)!r}"
         if start[4:8] == b"ftyp" and start[8:12] in HEIC:
             reason = "HEIC needs another package: try `pip install pillow-heif`"
         for name in _formats():
@@ -276,10 +276,6 @@ def _without_texts(path):
             kept.append(content[start:end])
         start = end
     return io.BytesIO(b"".join(kept))
-
-
-def _name(path):
-    return str(getattr(path, "name", path))
 
 
 def first_line(error, with_type=True):

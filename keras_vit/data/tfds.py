@@ -30,9 +30,10 @@ def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1)
     for split in ("test", "validation"):
         test = _read_split(builder, split, size, resize)
         if test is not None:
-            pairs = (*train, *test)
-            return Dataset(source, *pairs, names, horizontal_flip=mirror, resize=resize)
-    dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+            dataset = Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
+            break
+    else:
+        dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
     return dataclasses.replace(dataset, resize=resize)
 
 

@@ -214,7 +214,7 @@ def test_an_image_size_is_for_folders(capsys, tmp_path):
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
     load = data.load_dataset
 
-    def offline(name, data_dir=None, image_size=None):
+    def offline(name, data_dir=None, *_, **__):
         if name != "digits":
             raise data.DatasetUnavailable(f"{name} is not in {data_dir}: use --data-dir")
         return load(name)

@@ -1,6 +1,7 @@
 """Images of any depth, range, size and aspect ratio as the pixels that a model takes."""
 
 import io
+import re
 import struct
 import sys
 import warnings
@@ -232,6 +233,9 @@ def test_heic_without_its_package_is_named(tmp_path, monkeypatch):
             read_image(path)
     with pytest.raises(ImageError, match="none of 1 files .* pillow-heif"):
         image_files.common_size([path])
+    path.write_bytes(b"\0\0\0\x18ftypqt  " + bytes(100))
+    with pytest.raises(ImageError, match=re.escape(f"cannot identify image file {str(path)!r}")):
+        read_image(path)
     image_files._formats.cache_clear()
 
 
@@ -290,5 +294,5 @@ def test_how_a_folder_was_resized_stays_with_the_data(tmp_path):
     assert datasets.digest(squashed) != datasets.digest(cut)
     path = folder / cut.manifest[0].path
     np.testing.assert_array_equal(cut.train_images[0], read_image(path, (8, 8), resize="crop"))
-    unseen, _ = data.load_unseen(str(folder), (8, 8), None, (), "crop")
+    unseen, _ = data.load_unseen(str(folder), (8, 8), None, (), resize="crop")
     np.testing.assert_array_equal(unseen.test_images, cut.test_images)
