@@ -15,19 +15,28 @@ from keras_vit.data.images import first_line
 RESIZED_SIDE, LARGEST = 64, 128
 
 
-def load_tfds(source, data_dir):
+def load_tfds(source, data_dir, test_only=False):
+    """A `Dataset` of TensorFlow Datasets.
+
+    With `test_only`, the test images are its training images, too, where there are such; and
+    `class_names` is empty if the labels are only numbers.
+    """
     builder = _builder(source, data_dir)
     image_feature, label_feature = _supervised_features(builder)
     _prepare(builder)
     parts = [builder.name, builder.builder_config and builder.builder_config.name]
     mirror, names = NOT_MIRRORED.isdisjoint(parts), list(label_feature.names)
+    if test_only and names == [str(label) for label in range(len(names))]:
+        names = []
+    tests = (_read_split(builder, split, image_feature) for split in ("test", "validation"))
+    test = next((pair for pair in tests if pair is not None), None)
+    if test_only and test is not None:
+        return Dataset(source, *test, *test, class_names=names, horizontal_flip=mirror)
     train = _read_split(builder, "train", image_feature)
     if train is None:
         raise DatasetError(f"{source} has no labelled split named 'train'")
-    for split in ("test", "validation"):
-        test = _read_split(builder, split, image_feature)
-        if test is not None:
-            return Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
+    if test is not None:
+        return Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
     return split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
 
 
