@@ -17,6 +17,10 @@ SYSTEM_NAMES = {"@eadir", "__macosx", "lost+found", "thumbs.db", "desktop.ini", 
 TEXT_SUFFIXES = {".txt", ".md", ".csv", ".tsv", ".json", ".xml", ".html", ".yaml", ".yml", ".log"}
 PARTS = ".part-*"  # Temporary files of atomic writes.
 CHECKSUMS = "SHA256SUMS"
+# What a run directory has from its start.
+CONFIG, LOCK = "config.json", ".lock"
+# What other folders of output have: those of pictures, and TensorFlow's SavedModel.
+OUTPUT_MARK, SAVED_MODEL = ".keras_vit_output", "saved_model.pb"
 
 
 class RunLocked(RuntimeError):
@@ -63,15 +67,66 @@ def is_system_name(name):
     return name.startswith(".") or name.casefold() in SYSTEM_NAMES
 
 
+def make_output(folder):
+    """Makes a folder for what the program writes, which `is_output` recognizes from then on.
+
+    A folder that holds other files than texts is left as it is.
+
+    Args:
+        folder: `Path`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(map(_is_ignored, folder.iterdir())):
+        (folder / OUTPUT_MARK).write_text("Written by keras_vit, no images to train on.\n")
+
+
+def is_output(folder):
+    """Whether a folder holds output of the program, which is no data, or only such folders.
+
+    Args:
+        folder: `Path` of an existing folder.
+    """
+    names = {path.name for path in folder.iterdir()}
+    is_run = CONFIG in names and names & {LOCK, CHECKSUMS}
+    if is_run or names & {OUTPUT_MARK, SAVED_MODEL}:
+        return True
+    inner = [folder / name for name in names if not _is_ignored(folder / name)]
+    return bool(inner) and all(
+        path.is_dir() and not path.is_symlink() and is_output(path) for path in inner
+    )
+
+
+def leads_up(path):
+    """Whether a path is a link to a folder that it lies in."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+
+
 def visible(folder):
-    """Sorted files in and below a folder, without hidden ones, those of systems, and texts."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [
-        path
-        for path in paths
-        if path.suffix.casefold() not in TEXT_SUFFIXES
-        and not any(map(is_system_name, path.relative_to(folder).parts))
-    ]
+    """Sorted files in and below a folder, without hidden ones, those of systems, and texts.
+
+    Linked folders are followed, each folder once. Folders that the program wrote are left out.
+    """
+    files, folders, links, entered = [], [folder], [], set()
+    while folders or links:
+        # A folder is entered by its own path rather than by a link.
+        current = folders.pop() if folders else links.pop()
+        if current.resolve() in entered:
+            continue
+        entered.add(current.resolve())
+        for path in sorted(current.iterdir(), reverse=True):
+            if _is_ignored(path):
+                continue
+            if path.is_file():
+                files.append(path)
+            elif path.is_dir() and not leads_up(path) and not is_output(path):
+                (links if path.is_symlink() else folders).append(path)
+    return sorted(files)
+
+
+def _is_ignored(path):
+    """Whether a file or folder is a system's, or a text: neither images nor a class."""
+    is_text = path.suffix.casefold() in TEXT_SUFFIXES and path.is_file()
+    return is_system_name(path.name) or is_text
 
 
 def write_json(path, content):
@@ -102,7 +157,7 @@ def locked(folder):
     Raises:
         RunLocked: if another process holds the lock; the message names it.
     """
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
         if fcntl:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ import pathlib
 
 import numpy as np
 
+from keras_vit.files import make_output
 from keras_vit.reporting import figures, metrics
 from keras_vit.reporting.explorer import MAX_IMAGES
 from keras_vit_cli import backend
@@ -18,8 +19,9 @@ def run(options):
     model = load_model(options.model)
     names, failed, shown, taken = class_names(model), False, [], set()
     with explaining_failed_writes(options.output):
-        options.output.mkdir(parents=True, exist_ok=True)
+        make_output(options.output)
         for paths, images, some_failed in image_batches(options.images, model):
+            _check_apart(options.output, paths)
             failed |= some_failed
             probabilities = metrics.predict(model, images) if paths else ()
             for path, image, row in zip(paths, images, probabilities):
@@ -34,6 +36,16 @@ def run(options):
         if options.html and shown:
             _write_explorer(options, model, shown)
     return int(failed)
+
+
+def _check_apart(folder, paths):
+    """Raises a `CommandError` if pictures would lie among the images of a data set."""
+    for path in paths:
+        if pathlib.Path(path).resolve().parent == folder.resolve():
+            raise CommandError(
+                f"--output {folder} is the folder of {path}, where pictures would be taken for "
+                f"images to train on: choose another one, such as {folder / 'attention'}"
+            )
 
 
 def _write_explorer(options, model, shown):

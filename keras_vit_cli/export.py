@@ -3,9 +3,10 @@
 import numpy as np
 
 from keras_vit.export import FORMATS, compare, runner, served, write
+from keras_vit.files import make_output
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
-from keras_vit_cli.inputs import load_model, load_suitable
+from keras_vit_cli.inputs import load_for_test, load_model
 
 LARGEST_DIFFERENCE = 1e-3  # Between two probabilities, of Keras and of an exported model.
 
@@ -25,12 +26,13 @@ def run(options):
     images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
     source = "256 images of noise"
     if options.dataset:
-        dataset = load_suitable(model, options.model, options.dataset, options.data_dir)
+        dataset, _ = load_for_test(model, options.model, options.dataset, options.data_dir)
         images = dataset.test_images[:256]
         source = f"{len(images)} test images of {options.dataset}"
     with backend.quiet():
         with explaining_failed_writes(options.output):
-            options.output.parent.mkdir(parents=True, exist_ok=True)
+            if not options.output.parent.exists():
+                make_output(options.output.parent)
             write(served(model), options.output, options.format)
         difference = compare(model, runner(options.output, options.format), images)
     print(

@@ -8,7 +8,14 @@ import sys
 import numpy as np
 
 from keras_vit import loading
-from keras_vit.data import DatasetError, ImageError, has_fixed_size, load_dataset
+from keras_vit.data import (
+    DatasetError,
+    ImageError,
+    has_fixed_size,
+    load_dataset,
+    load_unseen,
+)
+from keras_vit.data.folders import composed
 from keras_vit.data.images import MODES
 from keras_vit.files import visible
 from keras_vit.prediction import read_for
@@ -46,13 +53,36 @@ def load_suitable(model, path, name, data_dir):
     return dataset
 
 
+def load_for_test(model, path, name, data_dir, seen=()):
+    """Loads test images for a model, and how many images were left out, by reason.
+
+    Training images may be missing; of a folder, every image is taken that is not in `seen`.
+    """
+    if not name:
+        raise CommandError("--dataset must not be empty")
+    try:
+        dataset, left_out = load_unseen(
+            name,
+            model.input_shape[1:3],
+            model.class_names,
+            frozenset(seen),
+            data_dir,
+            model.resize,
+        )
+    except DatasetError as error:
+        raise CommandError(str(error)) from error
+    check_suits(model, path, dataset)
+    return dataset, left_out
+
+
 def check_suits(model, path, dataset):
     """Raises a `CommandError` unless images and classes match the model."""
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
         raise CommandError(f"{path} takes images of {expected}, {dataset.name} has {found}")
     count, names = model.output_shape[-1], tuple(dataset.class_names)
-    if len(names) != count or model.class_names not in (None, names):
+    known = None if model.class_names is None else tuple(map(composed, model.class_names))
+    if len(names) != count or known not in (None, tuple(map(composed, names))):
         raise CommandError(
             f"{path} was trained on the classes {', '.join(class_names(model))}, but "
             f"{dataset.name} has {', '.join(names)}"
@@ -94,6 +124,13 @@ def _listed(words):
         if word == "-":
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(folder):
-            yield from map(str, visible(pathlib.Path(folder)))
+            yield from map(str, _files_in(pathlib.Path(folder)))
         else:
             yield word
+
+
+def _files_in(folder):
+    try:
+        return visible(folder)
+    except OSError as error:
+        raise CommandError(f"{error.filename} cannot be read: {error.strerror}") from error

@@ -108,6 +108,7 @@ def parse(arguments):
         "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
     )
     export.add_argument("--dataset", metavar="NAME", help="test images to compare on, else noise")
+    report.add_argument("--dataset", metavar="NAME", help="where the run's data set lies now")
     for command in (evaluate, export, report):
         command.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
 

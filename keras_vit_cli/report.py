@@ -4,6 +4,7 @@ import json
 import pathlib
 import tempfile
 
+from keras_vit.data.dataset import digest
 from keras_vit.data.folders import warn
 from keras_vit.reporting import figures, metrics
 from keras_vit.training import read_history, step_schedule
@@ -12,6 +13,9 @@ from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
 from keras_vit_cli.run_directory import RunDirectory
 from keras_vit_cli.settings import read_config, resolve
+
+# Ends an error about the data set that a run or a file names.
+MOVED_DATA = ". If the data of this run lie elsewhere now, name them with --dataset or --data-dir"
 
 
 def run(options):
@@ -22,15 +26,20 @@ def run(options):
     if not run_dir.metrics.exists():
         raise CommandError(f"{run_dir} holds no finished run: metrics.json is missing")
     model = load_model(run_dir.model)
-    data_dir = options.data_dir or settings.data_dir
+    source, data_dir = options.dataset or settings.dataset, options.data_dir or settings.data_dir
     with explaining_failed_writes(run_dir), tempfile.TemporaryDirectory() as folder:
         try:
             measured = json.loads(run_dir.metrics.read_text(encoding="utf-8"))
             history = read_history(run_dir.path)
-            dataset = load_suitable(model, run_dir.model, settings.dataset, data_dir)
+            dataset = _loaded(model, run_dir, source, data_dir)
             dataset, _ = dataset.without(model.seen).for_training(
                 settings.validation, settings.limit_train, settings.seed
             )
+            if options.dataset and measured.get("training_data", "") not in ("", digest(dataset)):
+                raise CommandError(
+                    f"--dataset {source} has other training images or labels than {run_dir} was "
+                    "trained on"
+                )
             probabilities = metrics.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
             config, language = settings.to_json(), options.language or settings.language
@@ -41,6 +50,14 @@ def run(options):
         run_dir.write_checksums()
     print(f"Report: {run_dir.report}")
     return 0
+
+
+def _loaded(model, run_dir, source, data_dir):
+    """The data set of a run; an error says that it may lie elsewhere now."""
+    try:
+        return load_suitable(model, run_dir.model, source, data_dir)
+    except CommandError as error:
+        raise CommandError(f"{error}{MOVED_DATA}") from error
 
 
 def draw(model, dataset, recipe, probabilities, history, folder, language):

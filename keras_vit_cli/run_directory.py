@@ -7,9 +7,28 @@ import pathlib
 import tempfile
 
 from keras_vit.data import is_folder
-from keras_vit.files import CHECKSUMS, PARTS, RunLocked, locked, write_checksums, write_json
+from keras_vit.data.dataset import digest
+from keras_vit.files import (
+    CHECKSUMS,
+    CONFIG,
+    PARTS,
+    RunLocked,
+    is_output,
+    locked,
+    visible,
+    write_checksums,
+    write_json,
+)
 from keras_vit.loading import ModelError, check_archive
-from keras_vit.training import BEST_MODEL, CHECKPOINT_NAMES, CHECKPOINTS, HISTORY, TIMING
+from keras_vit.training import (
+    BEST_MODEL,
+    CHECKPOINT_NAMES,
+    CHECKPOINTS,
+    HISTORY,
+    TIMING,
+    DifferentVariables,
+)
+from keras_vit.training.checkpoints import newest
 from keras_vit_cli.errors import CommandError
 from keras_vit_cli.settings import current_names
 
@@ -29,10 +48,11 @@ class RunDirectory:
 
     def __init__(self, path):
         self.path = pathlib.Path(path)
-        self.config = self.path / "config.json"
+        self.config = self.path / CONFIG
         self.metrics = self.path / "metrics.json"
         self.model = self.path / "model.keras"
         self.report = self.path / "report.html"
+        self.predictions = self.path / "predictions.csv"
         self.figures = self.path / "figures"
         self.best_model = self.path / BEST_MODEL
         self.checkpoints = self.path / CHECKPOINTS
@@ -74,12 +94,13 @@ class RunDirectory:
             )
 
     @contextlib.contextmanager
-    def prepared(self, settings, backend):
+    def prepared(self, settings, backend, dataset):
         """Makes and locks the folder, and clears it for a new run or keeps what a run resumes from.
 
         Args:
             settings: `Settings` of the run.
             backend: string, what Keras computes with.
+            dataset: `Dataset` that is trained on; a run may resume on the same images elsewhere.
 
         Raises:
             CommandError: if the folder holds another run, or another process works there.
@@ -96,7 +117,7 @@ class RunDirectory:
                 for part in folder.glob(PARTS):  # What a killed process was writing.
                     part.unlink()
             if not settings.overwrite and self.has_checkpoint:
-                self._refuse_changes(current_names(before), config)
+                self._refuse_changes(current_names(before), config, dataset)
                 self._refuse_damaged_best_model()
                 print(f"Resuming the run in {self}.")
             else:
@@ -152,18 +173,31 @@ class RunDirectory:
                 "another folder with --output, or allow these to be replaced with --overwrite"
             )
 
-    def _refuse_changes(self, before, now):
-        changes = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+    def _refuse_changes(self, before, now, dataset):
+        changes = {
+            name: f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in {**before, **now}
             if name not in MAY_CHANGE and before.get(name) != now.get(name)
-        ]
+        }
+        if "dataset" in changes:
+            if self._has_trained_on(dataset):
+                del changes["dataset"]
+            else:
+                changes["dataset"] += ", with other training images or labels"
         if changes:
             raise CommandError(
                 f"{self} holds an interrupted run with other settings in {self.config.name}: "
-                f"{'; '.join(changes)}. Choose another folder with --output, or start over in this "
-                "one with --overwrite"
+                f"{'; '.join(changes.values())}. Choose another folder with --output, or start "
+                "over in this one with --overwrite"
             )
+
+    def _has_trained_on(self, dataset):
+        """Whether the newest checkpoint was made with the training images of a `Dataset`."""
+        try:
+            checkpoint = newest(self.checkpoints)
+        except DifferentVariables:
+            return False
+        return checkpoint is not None and checkpoint.data == digest(dataset)
 
     def _refuse_damaged_best_model(self):
         try:
@@ -174,6 +208,27 @@ class RunDirectory:
                 f"{error}. Remove it to resume without the best model so far, or start over with "
                 "--overwrite"
             ) from error
+
+
+def check_apart(folder, dataset, flag):
+    """Raises a `CommandError` if what is written to a folder would lie among images of a data set.
+
+    A folder of its own inside the data set is fine: it is not taken for a class.
+
+    Args:
+        folder: string or `Path`, which may not exist yet.
+        dataset: string, what `--dataset` names.
+        flag: string, the option that names the folder.
+    """
+    if not is_folder(dataset):
+        return
+    data, place = pathlib.Path(dataset).expanduser().resolve(), pathlib.Path(folder).resolve()
+    holds_images = place.is_dir() and not is_output(place) and visible(place)
+    if place == data or place.is_relative_to(data) and holds_images:
+        raise CommandError(
+            f"{flag} {folder} holds images of --dataset {dataset}: choose a new folder, such as "
+            f"{pathlib.Path(folder) / 'output'}"
+        )
 
 
 def check_writable(folder, flag):

@@ -32,6 +32,7 @@ class Settings:
     Attributes:
         training: `Recipe`, the recipe named with the values that the user changed.
         named: dictionary, the settings that the user gave.
+        dataset_from_file: bool, whether a file named the data set, and not the command line.
     """
 
     dataset: str = option(
@@ -96,6 +97,7 @@ class Settings:
     tensorboard: bool = option(False, "write TensorBoard's logs into the run directory")
     training: Recipe = RECIPES[DEFAULT_RECIPE]
     named: dict = dataclasses.field(default_factory=dict, compare=False)
+    dataset_from_file: bool = dataclasses.field(default=False, compare=False)
 
     def to_json(self):
         """The settings by name, as `config.json` holds them."""
@@ -159,16 +161,18 @@ def parse(arguments=None, prog="train.py"):
     named = {name: tuple(x) if isinstance(x, list) else x for name, x in named.items()}
     if named.get("config") == "":
         raise CommandError("--config must not be empty")
+    from_file = {}
     if "config" in named:
         from_file = read_config(named.pop("config"))
         if "recipe" in named:  # The settings of the file's own recipe give way to it.
             from_file = {x.name: from_file[x.name] for x in RUN_OPTIONS if x.name in from_file}
         if named.get("schedule", "cosine") != "cosine":
             from_file.pop("warmup", None)
-        named = {**from_file, **named}
     elif "extend" in named:
-        named = {**settings_to_extend(named.get("init_from"), named["extend"]), **named}
-    return resolve(named)
+        from_file = settings_to_extend(named.get("init_from"), named["extend"])
+    dataset_from_file = "dataset" in from_file and "dataset" not in named
+    settings = resolve({**from_file, **named})
+    return dataclasses.replace(settings, dataset_from_file=dataset_from_file)
 
 
 def settings_to_extend(run, epochs):

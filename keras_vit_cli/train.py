@@ -9,16 +9,17 @@ import keras
 
 from keras_vit import devices, training
 from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
+from keras_vit.data.dataset import digest
 from keras_vit.data.folders import warn
-from keras_vit.files import atomic_write, write_json
+from keras_vit.files import atomic_write, make_output, write_json
 from keras_vit.loading import ModelError
 from keras_vit.presets import load_preset
 from keras_vit.training.journal import duration
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.evaluate import measure
-from keras_vit_cli.report import draw, write_page
-from keras_vit_cli.run_directory import RunDirectory, check_writable
+from keras_vit_cli.report import MOVED_DATA, draw, write_page
+from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
 from keras_vit_cli.settings import check_patches, resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
@@ -41,7 +42,10 @@ def run(settings, figures_dir=None):
     check_device(settings)
     if figures_dir:
         check_writable(figures_dir, "--figures-dir")
-    RunDirectory.of(settings).check(settings.overwrite)
+        check_apart(figures_dir, settings.dataset, "--figures-dir")
+    run_dir = RunDirectory.of(settings)
+    check_apart(run_dir.path, settings.dataset, "--output")
+    run_dir.check(settings.overwrite)
     pretrained = load_pretrained(settings)
     settings, dataset = load(with_architecture_of(settings, pretrained))
     settings = with_architecture_of(settings, pretrained)  # Of the digits, if `load` took those.
@@ -64,9 +68,9 @@ def run(settings, figures_dir=None):
 
     with (
         explaining_failed_writes(run_dir),
-        run_dir.prepared(settings, keras.backend.backend()),
+        run_dir.prepared(settings, keras.backend.backend(), dataset),
     ):
-        figures.mkdir(parents=True, exist_ok=True)
+        make_output(figures)
         announce(settings, dataset, run_dir)
         before = time.perf_counter()
         with explaining_failures(settings), ending_the_progress_bar():
@@ -90,6 +94,7 @@ def run(settings, figures_dir=None):
         metrics = {
             **{"dataset": dataset.name, "recipe": settings.recipe, "seed": settings.seed},
             **metrics,
+            "training_data": digest(dataset),
             "wall_seconds": round(time.perf_counter() - start, 1),
         }
         # Before the pictures, whose failure must not cost the metrics.
@@ -135,7 +140,8 @@ def load(settings):
         )
     except DatasetError as error:
         if "dataset" in settings.named or not isinstance(error, DatasetUnavailable):
-            raise CommandError(str(error)) from error
+            hint = MOVED_DATA if settings.dataset_from_file else ""
+            raise CommandError(f"{error}{hint}") from error
         warn(
             f"{error}.\nTraining on scikit-learn's embedded digits instead; everything that this "
             "run writes is labelled 'digits'."

@@ -7,7 +7,15 @@ from collections.abc import Collection
 
 import numpy as np
 
-from keras_vit.data.folders import TEST, TEST_FRACTION, TRAIN, VALIDATION, ImageFile
+from keras_vit.data.folders import (
+    TEST,
+    TEST_FRACTION,
+    TRAIN,
+    VALIDATION,
+    ImageFile,
+    enumerated,
+    warn,
+)
 
 # Data sets whose classes are not invariant to horizontal flips, such as digits.
 NOT_MIRRORED = {
@@ -177,6 +185,33 @@ def digest(dataset):
     for array in (images, labels):
         content.update(np.ascontiguousarray(array).data)
     return content.hexdigest()
+
+
+def warn_of_copies(dataset):
+    """Warns of the same image in training and test, or with different labels, of arrays.
+
+    `warn_of_split` does so for folders.
+    """
+    trained, tested = [
+        [hashlib.blake2b(image.tobytes()).digest() for image in images]
+        for images in (dataset.train_images, dataset.test_images)
+    ]
+    first = {digest: index for index, digest in reversed(list(enumerate(trained)))}
+    both = [(index, first[digest]) for index, digest in enumerate(tested) if digest in first]
+    if both:
+        pairs = [f"{index} is training image {other}" for index, other in both]
+        warn(
+            f"{len(both)} of {len(tested)} test images of {dataset.name} are training images, too: "
+            + enumerated(pairs)
+        )
+    labels = {}
+    for digest, label in zip(trained + tested, [*dataset.train_labels, *dataset.test_labels]):
+        labels.setdefault(digest, set()).add(label)
+    twice = [{dataset.class_names[label] for label in x} for x in labels.values() if len(x) > 1]
+    if twice:
+        classes = [" and ".join(sorted(names)) for names in twice]
+        count = f"{len(twice)} images" if len(twice) > 1 else "1 image"
+        warn(f"{count} of {dataset.name} in more than one class: {enumerated(classes)}")
 
 
 def stratified_split(labels, count, seed):

@@ -8,7 +8,7 @@ import unicodedata
 
 from keras_vit.data import cache
 from keras_vit.data.images import ImageError, TooLarge
-from keras_vit.files import is_system_name, visible
+from keras_vit.files import is_output, is_system_name, leads_up, visible
 
 # Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
@@ -32,7 +32,7 @@ class ImageFile:
 
     Attributes:
         path: string, relative to the folder.
-        class_name: string, the name of its sub-folder.
+        class_name: string, the name of its sub-folder in Unicode's NFC.
         split: string, one of `SPLITS`.
         digest: string, hexadecimal SHA-256 of its content; empty if it cannot be read.
         moved: bool, whether it was moved to another split than its path implies, because its
@@ -49,17 +49,19 @@ class ImageFile:
 def list_folder(folder, test_fraction=TEST_FRACTION):
     """The manifest of a folder of images: the split of each file.
 
+    What the program wrote into the folder is left out. Linked folders are followed once.
+
     Without `test` or `val` beside `train`, a hash of a file's path relative to the folder decides
     whether it is a test image, independent of other files and of the location of the folder. Only
     if all files of a class would be in the same split, one of them is moved to the other.
 
     Args:
         folder: `Path` of a folder with one sub-folder of images per class; or with `train` and
-            `test` (or `val`, or both) above them.
+            `test` (or `val`, or both) above them; or with `test` alone.
         test_fraction: float, probability that a file becomes a test image.
 
     Returns:
-        List of `ImageFile` in the order of `SPLITS`, and the sorted class names.
+        List of `ImageFile` in the order of `SPLITS`, and the sorted class names, in Unicode's NFC.
 
     Raises:
         ImageError: if there are no files.
@@ -68,8 +70,9 @@ def list_folder(folder, test_fraction=TEST_FRACTION):
     files, names = [], set()
     for split, top in parts.items():
         for class_folder in _sub_folders(top):
-            paths, name = visible(class_folder), class_folder.name
-            tested, moved = _hold_out(top, paths, test_fraction) if len(parts) == 1 else ((), ())
+            paths, name = visible(class_folder), composed(class_folder.name)
+            is_split = list(parts) != [TRAIN]
+            tested, moved = ((), ()) if is_split else _hold_out(top, paths, test_fraction)
             names.add(name)
             files += [(x, name, TEST if x in tested else split, x in moved) for x in paths]
     if not files:
@@ -88,7 +91,8 @@ def list_folder(folder, test_fraction=TEST_FRACTION):
         )
         for (path, name, split, moved), digest in zip(files, digests)
     ]
-    return sorted(manifest, key=lambda x: (SPLITS.index(x.split), x.path)), sorted(names)
+    manifest.sort(key=lambda x: (SPLITS.index(x.split), composed(x.path)))
+    return manifest, sorted(names)
 
 
 def read_folder(folder, files, image_size=None, resize="squash", multiple_of=1):
@@ -133,6 +137,8 @@ def check_trainable(folder, files, names):
         files: list of `ImageFile`.
         names: names of the classes.
     """
+    if not any(file.split in (TRAIN, COPY) for file in files):
+        raise ImageError(f"{folder} has no training images: expected a folder train beside test")
     if len(names) < 2:
         raise ImageError(f"{folder} has images of one class only, {names[0]!r}")
     present = {file.class_name for file in files}
@@ -163,13 +169,24 @@ def warn_of_split(files, names):
     tested = {file.class_name for file in files if file.split == TEST}
     if untested := [name for name in names if name not in tested]:
         warn(f"no test image of class {', '.join(map(repr, untested))}")
+    places = {}
+    for file in files:
+        places.setdefault(file.digest, {}).setdefault(file.class_name, _printable(file.path))
+    twice = [" and ".join(paths.values()) for paths in places.values() if len(paths) > 1]
+    if twice:
+        count = f"{len(twice)} images are" if len(twice) > 1 else "1 image is"
+        warn(f"{count} in more than one class: " + enumerated(twice))
     copies = [_printable(file.path) for file in files if file.split == COPY]
     if copies:
         warn(
             f"left out {len(copies)} images that are copies of test or validation images: "
-            + ", ".join(copies[:5])
-            + (", ..." if len(copies) > 5 else "")
+            + enumerated(copies)
         )
+
+
+def enumerated(items):
+    """The first items of a list, for a message."""
+    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
 
 
 def warn(message):
@@ -181,7 +198,8 @@ def _parts(folder):
     folders = _sub_folders(folder)
     tops = [(SPLIT_NAMES.get(path.name.casefold()), path) for path in folders]
     # A class may be called "train", too: its images lie in that folder itself.
-    if not any(split == TRAIN and _sub_folders(path) for split, path in tops):
+    labelled = [split for split, path in tops if split and _sub_folders(path)]
+    if TRAIN not in labelled and (not tops or len(labelled) < len(tops)):
         return {TRAIN: folder}
     parts = {}
     for split, path in tops:
@@ -199,8 +217,8 @@ def _parts(folder):
     for split in (TEST, VALIDATION):
         if split in parts and not _sub_folders(parts[split]) and visible(parts[split]):
             warn(f"{parts.pop(split)} has no sub-folder per class: its images are not used")
-    others = [parts[split] for split in (TEST, VALIDATION) if split in parts]
-    return dict(zip((TRAIN, TEST, VALIDATION), (parts[TRAIN], *others)))
+    others = [parts.pop(split) for split in (TEST, VALIDATION) if split in parts]
+    return parts | dict(zip((TEST, VALIDATION), others))
 
 
 def _hold_out(top, paths, fraction):
@@ -217,9 +235,13 @@ def _hold_out(top, paths, fraction):
 
 def _path_hash(path):
     """A hash of a path, in [0, 1)."""
-    # macOS decomposes accented letters.
-    name = os.fsencode(unicodedata.normalize("NFC", path.as_posix()))
+    name = os.fsencode(composed(path.as_posix()))
     return int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
+
+
+def composed(name):
+    """A name in Unicode's composed form, NFC: macOS decomposes accented letters."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _is_text(name):
@@ -235,5 +257,7 @@ def _printable(path):
 
 
 def _sub_folders(folder):
+    """The folders in a folder that may hold images."""
     paths = sorted(path for path in folder.iterdir() if path.is_dir())
-    return [path for path in paths if not is_system_name(path.name)]
+    paths = [path for path in paths if not is_system_name(path.name) and not leads_up(path)]
+    return [path for path in paths if not is_output(path)]

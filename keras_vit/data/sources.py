@@ -9,15 +9,17 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from keras_vit.data.arrays import load_digits, load_npz
-from keras_vit.data.dataset import NOT_MIRRORED, SHORT, Dataset, DatasetError
+from keras_vit.data.dataset import NOT_MIRRORED, SHORT, Dataset, DatasetError, warn_of_copies
 from keras_vit.data.folders import (
     COPY,
     TEST,
     TRAIN,
     VALIDATION,
     check_trainable,
+    composed,
     list_folder,
     read_folder,
+    warn,
     warn_of_split,
 )
 from keras_vit.data.images import ImageError
@@ -41,7 +43,8 @@ def load_dataset(
         source: string, `"digits"` for the 1,797 scanned digits of
             scikit-learn, enlarged from 8x8 to 32x32 RGB; an `.npz` file with
             Keras's arrays `x_train`, `y_train`, `x_test` and `y_test`, and
-            optionally `class_names`; a folder with one sub-folder of images
+            optionally `class_names` (images as uint8, or as other numbers that
+            clearly reach from 0 to 1 or to 255); a folder with one sub-folder of images
             per class, or with `train`, `test` and optionally `val` above
             them; or the name of any image classification set of TensorFlow
             Datasets, such as `"cifar10"`. Images of different sizes, or with a
@@ -70,15 +73,19 @@ def load_dataset(
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if is_folder(source):
         return _load_folder(pathlib.Path(source).expanduser(), size, resize, multiple_of)
-    if not has_fixed_size(source):
-        return load_tfds(source, data_dir, size, resize, multiple_of)
-    if size is not None:
-        raise DatasetError(
-            "an image size is only for folders of images and for TensorFlow Datasets, and "
-            f"{source} is neither"
-        )
-    dataset = load_digits() if source == "digits" else load_npz(source)
-    return dataclasses.replace(dataset, resize=resize)
+    if has_fixed_size(source):
+        if size is not None:
+            raise DatasetError(
+                "an image size is only for folders of images and for TensorFlow Datasets, and "
+                f"{source} is neither"
+            )
+        dataset = load_digits() if source == "digits" else load_npz(source)
+        dataset = dataclasses.replace(dataset, resize=resize)
+    else:
+        dataset = load_tfds(source, data_dir, size, resize, multiple_of)
+    if source != "digits":
+        warn_of_copies(dataset)
+    return dataset
 
 
 def is_folder(source):
@@ -92,20 +99,29 @@ def has_fixed_size(source):
 
 
 def load_unseen(
-    folder: str,
+    source: str,
     image_size: tuple[int, int],
     class_names: Sequence[str] | None,
     seen: Collection[str],
+    data_dir: str | None = None,
     resize: str = "squash",
 ) -> tuple[Dataset, dict[str, int]]:
-    """Loads all images of a folder that a model was not trained or validated on.
+    """Loads images that a model was not trained or validated on: training images may be missing.
+
+    Of a folder, these are all that the model has not seen, of other sources the test images.
 
     Args:
-        folder: string, a folder as for `load_dataset`, with some of the classes.
-        image_size: pair `(height, width)`, size in pixels that images are resized to.
-        class_names: class names of the model, in order; None for the sorted sub-folders.
-        seen: short digests of the images that the model was trained or validated on; if empty,
-            they are unknown, and only the test images of `load_dataset` are used.
+        source: string, as for `load_dataset`, with some of the classes. A folder
+             may have `test` alone, a data set of TensorFlow Datasets a test
+             split alone, and an `.npz` file `x_test` and `y_test` alone.
+        image_size: pair `(height, width)`, size in pixels that the images of a
+            folder or of TensorFlow Datasets are resized to.
+        class_names: class names of the model, in order; None for those of the
+             source. Labels without names are taken in their order.
+        seen: short digests of the images that the model was trained or
+             validated on; if empty, they are unknown, and of a folder only the
+             test images of `load_dataset` are used.
+        data_dir: string, as for `load_dataset`.
         resize: string, how images of another aspect ratio are fitted to that size.
 
     Returns:
@@ -115,22 +131,68 @@ def load_unseen(
     Raises:
         DatasetError: if there are none, or if 1% of the files or more cannot be read.
     """
+    if is_folder(source):
+        return _load_unseen_files(source, image_size, class_names, seen, resize)
+    if source == "digits":
+        dataset = load_digits()
+    elif source.endswith(".npz"):
+        dataset = load_npz(source, test_only=True)
+    else:
+        dataset = load_tfds(source, data_dir, tuple(image_size), resize, test_only=True)
+    return _with_labels_of_a_model(dataset, class_names)
+
+
+def _with_labels_of_a_model(dataset, class_names):
+    """The test images of the classes of a model, labelled in its order; and what was left out."""
+    images, labels, names = dataset.test_images, dataset.test_labels, dataset.class_names
+    if not names:
+        numbers = [str(label) for label in range(len(class_names or np.unique(labels)))]
+        names = list(class_names or numbers)
+        if labels.max() >= len(names):
+            raise DatasetError(
+                f"{dataset.name} has labels up to {labels.max()}, expected labels of "
+                f"{len(names)} classes, from 0 to {len(names) - 1}"
+            )
+        if names != numbers:
+            order = ", ".join(names)
+            warn(f"the labels of {dataset.name} have no names: taken in the order {order}")
+    class_names = list(names if class_names is None else class_names)
+    places = {composed(name): place for place, name in enumerate(class_names)}
+    new_labels = np.array([places.get(composed(name), -1) for name in names])[labels]
+    kept, others = new_labels >= 0, [name for name in names if composed(name) not in places]
+    if not kept.any():
+        raise DatasetError(
+            f"{dataset.name} has images of {', '.join(others)}, expected some of "
+            f"{', '.join(class_names)}"
+        )
+    left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
+    pair = (images if kept.all() else images[kept]), new_labels[kept]
+    flip = dataset.horizontal_flip
+    return Dataset(dataset.name, *pair, *pair, class_names, flip), left_out
+
+
+def _of_other_classes(names):
+    return f"of classes that the model was not trained on ({', '.join(names)})"
+
+
+def _load_unseen_files(folder, image_size, class_names, seen, resize):
+    """`load_unseen` for a folder."""
     path = pathlib.Path(folder).expanduser()
     with _dataset_errors(path):
         listed, names = list_folder(path)
         class_names = list(names if class_names is None else class_names)
-        others = ", ".join(name for name in names if name not in class_names)
-        if not set(names) & set(class_names):
+        places = {composed(name): place for place, name in enumerate(class_names)}
+        others = [name for name in names if name not in places]
+        if len(others) == len(names):
             raise DatasetError(
-                f"{folder} has images of {others}, expected some of {', '.join(class_names)}"
+                f"{folder} has images of {', '.join(others)}, expected some of "
+                f"{', '.join(class_names)}"
             )
         images, files = read_folder(path, listed, image_size, resize)
     reasons = {
         "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
         "that are copies of others": lambda x: x.split == COPY,
-        f"of classes that the model was not trained on ({others})": lambda x: (
-            x.class_name not in class_names
-        ),
+        _of_other_classes(others): lambda x: x.class_name not in places,
         "of the training split (the model does not record its training images)": lambda x: (
             not seen and x.split != TEST
         ),
@@ -145,7 +207,7 @@ def load_unseen(
         raise DatasetError(f"{folder} has no images to test on, only {counts}")
     images = images if kept.all() else images[kept]
     files = [dataclasses.replace(file, split=TEST) for file, is_kept in zip(files, kept) if is_kept]
-    labels = np.array([class_names.index(file.class_name) for file in files], "int64")
+    labels = np.array([places[file.class_name] for file in files], "int64")
     name, pair = path.resolve().name, (images, labels)
     dataset = Dataset(name, *pair, *pair, class_names, True, manifest=tuple(files), resize=resize)
     return dataset, left_out

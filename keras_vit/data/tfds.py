@@ -1,6 +1,7 @@
 """Image classification data sets of TensorFlow Datasets."""
 
 import dataclasses
+import typing
 
 import numpy as np
 
@@ -17,23 +18,32 @@ from keras_vit.data.images import first_line, nearest_multiple
 RESIZED_SIDE, LARGEST = 64, 128
 
 
-def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1):
+def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1, test_only=False):
+    """A `Dataset` of TensorFlow Datasets.
+
+    With `test_only`, the test images are its training images, too, where there are such; and
+    `class_names` is empty if the labels are only numbers.
+    """
     builder = _builder(source, data_dir)
     image_feature, label_feature = _supervised_features(builder)
     _prepare(builder)
     parts = [builder.name, builder.builder_config and builder.builder_config.name]
     mirror, names = NOT_MIRRORED.isdisjoint(parts), list(label_feature.names)
     size = _new_size(image_feature.shape, image_size, multiple_of)
+    if test_only and names == [str(label) for label in range(len(names))]:
+        names = []
+    facts: dict[str, typing.Any] = {"class_names": names, "horizontal_flip": mirror}
+    facts["resize"] = resize
+    tests = (_read_split(builder, split, size, resize) for split in ("test", "validation"))
+    test = next((pair for pair in tests if pair is not None), None)
+    if test_only and test is not None:
+        return Dataset(source, *test, *test, **facts)
     train = _read_split(builder, "train", size, resize)
     if train is None:
         raise DatasetError(f"{source} has no labelled split named 'train'")
-    for split in ("test", "validation"):
-        test = _read_split(builder, split, size, resize)
-        if test is not None:
-            dataset = Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
-            break
-    else:
-        dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+    if test is not None:
+        return Dataset(source, *train, *test, **facts)
+    dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
     return dataclasses.replace(dataset, resize=resize)
 
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import CLASSES, coloured
 from PIL import Image
 
-from keras_vit import RandomResizedCrop, VisionTransformer, data, load_model
+from keras_vit import RandomResizedCrop, VisionTransformer, data, files, load_model
 from keras_vit.data import folders
 from keras_vit.data.dataset import SHORT
 from keras_vit.reporting import figures
-from keras_vit_cli import main, settings
+from keras_vit_cli import inputs, main, settings
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,16 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkey
     assert gone_line.startswith(f"error: {tmp_path / 'gone.png'} cannot be read: ")
 
 
+def test_a_folder_that_cannot_be_listed_ends_a_command_with_one_line(place, capsys, monkeypatch):
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", str(folder / "locked"))
+
+    monkeypatch.setattr(inputs, "visible", denied)
+    assert run("predict", place / "run" / "model.keras", place / "images") == 2
+    message = f"error: {place / 'images' / 'locked'} cannot be read: Permission denied\n"
+    assert capsys.readouterr().err == message
+
+
 def test_hidden_files_are_not_looked_at(place, capsys, tmp_path):
     for name in (".git", "seen"):
         (tmp_path / name).mkdir()
@@ -168,7 +178,7 @@ def test_a_model_without_names_is_measured_and_numbers_its_classes(
     assert re.search(r"3.png: [012] [\d.]+%, [012] ", capsys.readouterr().out)
 
 
-def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch, tmp_path):
+def test_a_saved_model_is_measured_as_after_training(place, model, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
     words = ["--dataset", place / "images", "-o", tmp_path / "out"]
     assert run("evaluate", place / "run" / "model.keras", *words) == 0
@@ -178,6 +188,17 @@ def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch,
         assert found[name] == metrics[name]
     assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    lines = (tmp_path / "out" / "predictions.csv").read_bytes().decode()
+    assert "\r" not in lines
+    rows = list(csv.DictReader(io.StringIO(lines)))
+    tested = [x.path for x in folders.list_folder(place / "images")[0] if x.split == "test"]
+    assert [row["image"] for row in rows] == tested
+    assert [row["true_class"] for row in rows] == [path.split("/")[0] for path in tested]
+    right = [row["true_class"] == row["predicted_class"] for row in rows]
+    assert np.mean(right) == pytest.approx(found["accuracy"])
+    probabilities = {name: float(rows[0][f"probability_{name}"]) for name in CLASSES}
+    assert probabilities == pytest.approx(expected(model, place / "images" / tested[0]), abs=1e-5)
+    assert rows[0]["predicted_class"] == max(probabilities, key=probabilities.get)
 
 
 def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
@@ -239,7 +260,8 @@ def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
     images = [place / "images" / name / "3.png" for name in ("accuracy", "blå")]
     words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html"]
     assert run("explain", place / "run" / "model.keras", *words) == 1
-    pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
+    pictures = sorted(path.name for path in files.visible(tmp_path / "out"))
+    pictures.append(next((tmp_path / "out").glob("*.html")).name)
     assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
     captured = capsys.readouterr()
     assert "gone.png cannot be read" in captured.err
@@ -381,7 +403,9 @@ WRONG = {
     "evaluate {model} --dataset {images} -o {run}": "holds a run, whose metrics would be lost",
     "explain {model} x.png": "required: -o/--output",
     "features {model} x.png -o x.csv": "--output must end in .npz, but is x.csv",
-    "evaluate {model} --dataset digits": "takes images of (20, 24, 3), digits has (32, 32, 3)",
+    "explain {model} {images}/accuracy -o {images}/accuracy": "is the folder of",
+    "evaluate {model} --dataset {images} -o {images}/accuracy": "holds images of --dataset",
+    "evaluate {model} --dataset digits": "digits has images of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, exp",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
     "train --dataset {images} --image-size 15": (

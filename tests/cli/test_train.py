@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,16 @@ import sys
 import keras
 import numpy as np
 import pytest
+from conftest import coloured
 
 from keras_vit import data, devices, files, training
 from keras_vit.reporting import figures
+from keras_vit.training import checkpoints
 from keras_vit_cli import backend, main, settings
 from keras_vit_cli import train as train_command
 from keras_vit_cli.errors import CommandError
 from keras_vit_cli.recipes import RECIPES
+from keras_vit_cli.run_directory import RunDirectory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--patch-size=8"]
@@ -454,6 +458,79 @@ def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, t
     ]
     assert len(list((tmp_path / "figures").glob("*.png"))) == 7
     assert train("--dataset=digits", folder=tmp_path) == 2
+
+
+@pytest.fixture
+def photos(monkeypatch, tmp_path):
+    """A folder of images that is the working directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name, channel in (("cat", 0), ("dog", 1)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(5):
+            coloured(channel, index).save(tmp_path / "photos" / name / f"{index}.png")
+    monkeypatch.chdir(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def test_output_may_lie_inside_of_the_data(monkeypatch, photos):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "build_model", lambda *_: None)
+    monkeypatch.setattr(train_command, "announce", killed)
+    expected = data.load_dataset(".")
+    for words in ([], ["--figures-dir=pictures"], ["--output=cat/run"], []):
+        assert main.main(["train", "--dataset=.", *words]) == 130
+        for folder in ("runs/photos-baseline-seed0/figures", "pictures", "cat/run/figures"):
+            if pathlib.Path(folder).is_dir():
+                shutil.copy("dog/0.png", f"{folder}/drawn.png")
+    assert pathlib.Path("cat/run/figures/drawn.png").exists()
+    dataset = data.load_dataset(".")
+    assert (dataset.class_names, dataset.manifest) == (["cat", "dog"], expected.manifest)
+
+
+def test_nothing_is_written_among_the_images_that_are_trained_on(capsys, photos):
+    for word in ("--output=.", "--output=cat", f"--figures-dir={photos / 'dog'}"):
+        assert main.train(["--dataset=.", word]) == 2
+        assert (
+            "holds images of --dataset .: choose a new folder, such as" in capsys.readouterr().err
+        )
+    assert {path.suffix for path in photos.rglob("*") if path.is_file()} == {".png"}
+
+
+def test_a_run_resumes_on_the_same_images_elsewhere_and_on_no_others(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3)).astype("uint8")
+    labels = np.arange(4) % 2
+    for name, pixels in (("here", images), ("there", images), ("other", 255 - images)):
+        arrays = {"x_train": pixels[:4], "x_test": pixels[4:], "y_train": labels, "y_test": labels}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    run = RunDirectory(tmp_path / "run")
+
+    def prepared(name):
+        source = str(tmp_path / f"{name}.npz")
+        dataset = data.load_dataset(source)
+        return dataset, run.prepared(settings.resolve({"dataset": source}), "jax", dataset)
+
+    dataset, context = prepared("here")
+    with context:
+        state = checkpoints.Checkpoint(1, 0, [], 0.0, data.dataset.digest(dataset), {})
+        checkpoints.save(run.checkpoints, state)
+    with pytest.raises(CommandError, match="here.npz' and is .*other.npz', with other training"):
+        prepared("other")[1].__enter__()
+    assert json.loads(run.config.read_text())["dataset"] == str(tmp_path / "here.npz")
+    with prepared("there")[1]:
+        assert json.loads(run.config.read_text())["dataset"] == str(tmp_path / "there.npz")
+
+
+def test_a_file_that_names_data_which_have_moved_says_how_to_name_them(capsys, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text('{"dataset": "gone.npz", "recipe": "quick"}')
+    hint = "elsewhere now, name them with --dataset or --data-dir"
+    assert main.train([f"--config={config}"]) == 2
+    assert hint in capsys.readouterr().err
+    assert main.train([f"--config={config}", "--dataset=lost.npz"]) == 2
+    error = capsys.readouterr().err
+    assert "lost.npz" in error and hint not in error
 
 
 def test_a_folder_that_another_run_has_is_refused(capsys, tmp_path):

@@ -16,6 +16,7 @@ from keras_vit.data import (
     DatasetUnavailable,
     DeviceBatches,
     images,
+    load_unseen,
 )
 from keras_vit.data import tfds as tfds_sets
 from keras_vit.data.tfds import RESIZED_SIDE
@@ -155,10 +156,15 @@ def test_without_public_test_labels_the_validation_split_becomes_the_test_set(tm
     assert sorted(dataset.train_labels) == [0, 0, 1, 1]
 
 
-def test_a_data_set_without_a_training_split_is_refused(tmp_path):
+def test_a_data_set_without_a_training_split_is_tested_on_and_not_trained_on(tmp_path):
     prepare(tmp_path, "KerasVitTestOnly", {"test": [0, 1]})
     with pytest.raises(DatasetError, match="keras_vit_test_only has no labelled split named"):
         load_dataset("keras_vit_test_only", tmp_path)
+    arguments = (64, 64), ["light", "dark"], (), tmp_path
+    dataset, left_out = load_unseen("keras_vit_test_only", *arguments)
+    assert left_out == {} and sorted(dataset.test_labels) == [0, 1]
+    light = dataset.test_images[dataset.test_labels == 0]
+    assert np.all(light == 200)
 
 
 def test_a_data_set_too_small_to_split_is_refused(tmp_path):
@@ -352,6 +358,68 @@ def test_grayscale_images_and_labels_in_a_column_are_read_as_in_keras_s_own_file
     assert not data.horizontal_flip
 
 
+def scaled(function):
+    """Changes of both arrays of images, by a function of their numbers from 0 to 255."""
+    images = arrays()["x_train"].astype(int)
+    return {"x_train": function(images), "x_test": function(images[:3])}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x,
+        lambda x: (x / 255).astype("float32"),
+        lambda x: x.astype("float16"),
+        lambda x: x + 0.3 * (x < 255),
+    ],
+)
+def test_numbers_from_0_to_1_or_to_255_become_bytes(function, tmp_path):
+    np.savez(tmp_path / "data.npz", **arrays(**scaled(function)))
+    dataset = load_dataset(str(tmp_path / "data.npz"))
+    assert dataset.train_images.dtype == "uint8"
+    assert np.array_equal(dataset.train_images, arrays()["x_train"])
+
+
+def test_class_names_of_an_npz_file_may_be_bytes(tmp_path):
+    names = ["żaba", "kot", "pies"]
+    np.savez(tmp_path / "data.npz", **arrays(class_names=np.array([x.encode() for x in names])))
+    assert load_dataset(str(tmp_path / "data.npz")).class_names == names
+
+
+def test_images_of_arrays_in_training_and_test_or_in_two_classes_are_counted(tmp_path, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3)).astype("uint8")
+    train, test = images[:6].copy(), images[6:].copy()
+    train[1], test[2] = train[0], train[4]  # One of classes 0 and 1, one of class 1 alone.
+    labels = {"y_train": np.array([0, 1, 2, 0, 1, 2]), "y_test": np.array([0, 0, 1])}
+    np.savez(tmp_path / "data.npz", **labels, x_train=train, x_test=test)
+    load_dataset(str(tmp_path / "data.npz"))
+    assert capsys.readouterr().err.splitlines() == [
+        "WARNING: 1 of 3 test images of data are training images, too: 2 is training image 4",
+        "WARNING: 1 image of data in more than one class: 0 and 1",
+    ]
+
+
+def test_a_model_is_tested_on_an_npz_file_without_training_images(tmp_path, capsys):
+    content = arrays(x_train=None, y_train=None, y_test=np.array([2, 0, 2]))
+    np.savez(tmp_path / "data.npz", **content)
+    source, size = str(tmp_path / "data.npz"), (4, 4)
+    dataset, left_out = load_unseen(source, size, ["a", "b", "c"], ())
+    assert dataset.test_labels.tolist() == [2, 0, 2] and left_out == {}
+    assert np.array_equal(dataset.test_images, content["x_test"])
+    assert "no names: taken in the order a, b, c" in capsys.readouterr().err
+    with pytest.raises(DatasetError, match="labels up to 2, expected labels of 2 classes"):
+        load_unseen(source, size, ["a", "b"], ())
+    np.savez(tmp_path / "data.npz", **content, class_names=np.array(["x", "b", "c"]))
+    dataset, left_out = load_unseen(source, size, ["c", "b", "a"], ())
+    assert dataset.test_labels.tolist() == [0, 0] and dataset.class_names == ["c", "b", "a"]
+    assert left_out == {"of classes that the model was not trained on (x)": 1}
+    assert np.array_equal(dataset.test_images, content["x_test"][[0, 2]])
+    with pytest.raises(DatasetError, match="has images of x, b, c, expected some of d, e"):
+        load_unseen(source, size, ["d", "e"], ())
+    with pytest.raises(DatasetError, match="does not contain x_train"):
+        load_dataset(source)
+
+
 class Unpickled:
     def __reduce__(self):
         return pytest.fail, ("a pickle was read",)
@@ -374,7 +442,25 @@ class Unpickled:
         ({"class_names": np.array(["one", "two", "one"])}, "duplicate class names"),
         ({"y_train": np.array(["cat"] * 6)}, "<U3"),
         ({"x_train": np.zeros((0, 4, 4, 3), "uint8")}, r"\(0, 4, 4, 3\)"),
-        ({"x_train": np.array([Unpickled()] * 6)}, "does not contain .*Object arrays cannot be"),
+        ({"x_train": np.array([Unpickled()] * 6)}, "x_train .*as Python objects"),
+        ({"class_names": np.array(["a", "b", "c"], object)}, r"save np.array\(class_names, str\)"),
+        ({"class_names": np.array([b"caf\xe9", b"b", b"c"])}, "no list of names in UTF-8"),
+        (
+            {"y_train": np.arange(6) % 3 + 1},
+            "the labels 1, 2, 3 in y_train, expected labels below 3",
+        ),
+        ({"y_train": np.array([0, 1, 255] * 2)}, "the labels 0, 1, 255 in y_train"),
+        ({"y_train": np.arange(6) * 10**15}, "0, 1000000000000000, .*, ..., 5000000000000000 in"),
+        ({"class_names": np.array(list("abcd"))}, "class 'd' in .* has no training images"),
+        ({"y_train": np.array([0, 2] * 3), "class_names": np.array(list("abc"))}, "class 'b' in"),
+        (
+            {"x_train": np.zeros((6, 3, 32, 32), "uint8")},
+            r"channels first.*moveaxis\(images, 1, -1",
+        ),
+        (scaled(lambda x: x / 127.5 - 1), "float64 from -1 to 1, expected uint8"),
+        (scaled(lambda x: x / 64), "float64 from 0 to 3.98438, expected uint8"),
+        (scaled(lambda x: x * 257), "int64 from 0 to 65535, expected uint8"),
+        (scaled(lambda x: np.where(x == 9, np.nan, x)), "from nan to nan"),
     ],
 )
 def test_an_npz_file_with_invalid_arrays_is_refused(changes, message, tmp_path):

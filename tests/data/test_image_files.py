@@ -3,7 +3,10 @@
 import hashlib
 import io
 import os
+import shutil
 import struct
+import sys
+import unicodedata
 import warnings
 
 import keras
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import VisionTransformer, data, load_dataset
+from keras_vit import VisionTransformer, data, files, load_dataset
 from keras_vit.data import cache as image_cache
 from keras_vit.data import dataset as datasets
 from keras_vit.data import folders
@@ -517,6 +520,79 @@ def test_a_few_unreadable_files_are_left_out_with_a_warning(tmp_path, capsys):
     (folder / "a" / "list.dat").write_text("no image")
     with pytest.raises(data.DatasetError, match="2 of 122 files in .*b/br"):
         load_dataset(str(folder))
+
+
+def test_what_the_program_wrote_into_a_folder_is_not_data(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 6)
+    expected = splits(folder)
+    outputs = [folder / "explained", folder / "a" / "attention", folder / "test"]
+    for output in outputs:
+        files.make_output(output)
+    for name in (".lock", "config.json"):
+        path = folder / "runs" / "group" / "set-quick-seed0" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (folder / "runs" / "notes.txt").touch()
+    (folder / "exported").mkdir()
+    (folder / "exported" / "saved_model.pb").touch()
+    for output in (*outputs, path.parent, path.parent / "figures", folder / "exported"):
+        saved(output / "confusion.png", picture())
+    assert splits(folder) == expected
+    assert len(files.visible(folder)) == len(expected)
+    files.make_output(folder / "b")  # It holds images: a class, as before.
+    assert splits(folder) == expected
+    top = tmp_path / "top"
+    top.mkdir()
+    folder.rename(top / "train")
+    (top / "train" / "runs").rename(top / "runs")
+    assert splits(top) == {f"train/{path}": split for path, split in expected.items()}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need privileges on Windows")
+def test_linked_folders_are_followed_once(tmp_path):
+    folder = fill(tmp_path / "set", ["a", "b"], 6)
+    fill(tmp_path, ["elsewhere"], 3, size=(9, 8))
+    saved(folder / "a" / "z" / "own.png", picture(500))
+    links = {"a/linked": "../../elsewhere", "a/again": "../../elsewhere", "a/first": "z"}
+    loops = {"b/loop": ".", "b/up": "..", "all": "."}
+    for name, target in {**links, **loops}.items():
+        (folder / name).symlink_to(target, target_is_directory=True)
+    found, names = folders.list_folder(folder)
+    assert names == ["a", "b"]
+    contents = [(folder / file.path).read_bytes() for file in found]
+    assert len(contents) == len(set(contents)) == 6 + 1 + 3 + 6
+    assert "a/z/own.png" in {file.path for file in found}
+
+
+def test_names_of_classes_are_compared_in_composed_form(tmp_path):
+    """As in folders that were copied from macOS, in training and in `evaluate`."""
+    composed, decomposed = (unicodedata.normalize(x, "żółw") for x in ("NFC", "NFD"))
+    linux, mac = fill(tmp_path / "linux", ["kot", composed], 6), tmp_path / "mac"
+    shutil.copytree(linux, mac)
+    (mac / composed).rename(mac / decomposed)
+    digests = {datasets.digest(load_dataset(str(folder))) for folder in (linux, mac)}
+    assert len(digests) == 1 and load_dataset(str(mac)).class_names == ["kot", composed]
+    for folder, name in ((mac, composed), (linux, decomposed)):
+        unseen, left_out = data.load_unseen(str(folder), (8, 8), ["pies", name, "kot"], ("none",))
+        assert np.bincount(unseen.test_labels).tolist() == [0, 6, 6] and left_out == {}
+        assert unseen.class_names == ["pies", name, "kot"]
+
+
+def test_a_folder_may_hold_test_images_only_unless_it_is_trained_on(tmp_path):
+    fill(tmp_path / "set" / "test", ["b", "c"], 2)
+    for seen in (("none",), ()):  # A model without digests of what it has seen, too.
+        unseen, left_out = data.load_unseen(str(tmp_path / "set"), (8, 8), ["a", "b", "c"], seen)
+        assert unseen.test_labels.tolist() == [1, 1, 2, 2] and left_out == {}
+    with pytest.raises(data.DatasetError, match="no training images: expected a folder train"):
+        load_dataset(str(tmp_path / "set"))
+
+
+def test_an_image_in_two_classes_is_named(tmp_path, capsys):
+    folder = fill(tmp_path / "set", ["a", "b"], 10)
+    first, second = (next(path for path in splits(folder) if path[0] == name) for name in "ab")
+    shutil.copy(folder / first, folder / second)
+    load_dataset(str(folder))
+    assert f"1 image is in more than one class: {first} and {second}\n" in capsys.readouterr().err
 
 
 def empty(folder):

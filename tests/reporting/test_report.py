@@ -23,6 +23,7 @@ from keras_vit.reporting.explorer import MAX_BYTES, pack
 from keras_vit.reporting.report import SECTIONS, write_explorer
 from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import main
+from keras_vit_cli import report as report_command
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.
@@ -354,6 +355,23 @@ def test_both_languages_say_the_same_things():
 
     english, polish = (shape(load_texts(language)) for language in ("en", "pl"))
     assert english == polish
+
+
+def test_a_report_is_written_on_data_that_have_moved(run, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(report_command, "draw", lambda *_: None)
+    monkeypatch.setattr(report_command, "write_page", lambda *_: None)
+    again, moved = tmp_path / "run", tmp_path / "moved"
+    shutil.copytree(run, again)
+    shutil.copytree(run.parent / "images", moved)
+    settings = json.loads((again / "config.json").read_text(encoding="utf-8"))
+    (again / "config.json").write_text(json.dumps({**settings, "dataset": "gone.npz"}))
+    assert main.main(["report", str(again)]) == 2
+    assert "name them with --dataset or --data-dir" in capsys.readouterr().err
+    assert main.main(["report", str(again), "--dataset", str(moved)]) == 0
+    for path in (moved / "accuracy").iterdir():
+        path.write_bytes((run.parent / "images" / "blå" / path.name).read_bytes())
+    assert main.main(["report", str(again), "--dataset", str(moved)]) == 2
+    assert "other training images or labels than" in capsys.readouterr().err
 
 
 def test_a_report_wants_a_finished_run(capsys, run, tmp_path):
