@@ -45,7 +45,7 @@ def test_a_folder_is_trained_on_and_its_names_travel_with_the_model(place, model
 
 
 def test_pictures_of_a_run_stay_in_its_folder(place):
-    assert len(list((place / "run" / "figures").glob("*.png"))) == 7
+    assert len(list((place / "run" / "figures").glob("*.png"))) == 11
     assert {path.name for path in place.iterdir()} == {"cache", "images", "run"}
 
 
@@ -123,7 +123,7 @@ def test_a_saved_model_is_measured_as_after_training(place, capsys, monkeypatch,
     for name in ("accuracy", "loss", "calibration_error", "per_class", "parameters"):
         assert found[name] == metrics[name]
     assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert len(list((tmp_path / "out").glob("*.png"))) == 10
 
 
 def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
@@ -183,10 +183,13 @@ def test_some_classes_or_none_and_a_model_that_does_not_tell_what_it_saw(
 
 def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
     images = [place / "images" / name / "3.png" for name in ("accuracy", "blå")]
-    words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html"]
+    words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html", "--target=blå"]
     assert run("explain", place / "run" / "model.keras", *words) == 1
     pictures = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
+    assert pictures == [
+        *("3-attention-2.png", "3-attention.png", "3-classes-2.png", "3-classes.png"),
+        "explorer.html",
+    ]
     captured = capsys.readouterr()
     assert "gone.png cannot be read" in captured.err
     best, probability = max(expected(model, images[0]).items(), key=lambda pair: pair[1])
@@ -194,6 +197,9 @@ def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
         f"{images[0]}: {best} {probability:.0%}, {tmp_path / 'out' / '3-attention.png'}"
         in captured.out
     )
+    target = expected(model, images[0])["blå"]
+    picture = tmp_path / "out" / "3-classes.png"
+    assert f"{images[0]}: blå {target:.0%}, {picture}\n" in captured.out
     assert "3.png: accuracy" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
 
 
@@ -296,6 +302,7 @@ WRONG = {
     "explain {net} x.png -o x": "holds a Sequential, not a VisionTransformer",
     "evaluate {model} --dataset {images} -o {run}": "holds a run, whose metrics would be lost",
     "explain {model} x.png": "required: -o/--output",
+    "explain {model} x.png -o x --target dog": "one of $_$, accuracy, blå, not 'dog'\n",
     "evaluate {model} --dataset digits": "takes images of (20, 24, 3), digits has (32, 32, 3)",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
     "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
