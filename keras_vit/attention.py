@@ -389,7 +389,8 @@ def _gradients(function, tensors):
         with tf.GradientTape() as tape:
             tape.watch(tensors)
             result = function(tensors)
-        return tape.gradient(result, tensors, unconnected_gradients="zero")
+        zero = tf.UnconnectedGradients.ZERO
+        return tape.gradient(result, tensors, unconnected_gradients=zero)
     if backend == "jax":
         import jax
 

@@ -164,7 +164,7 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
     depth, heads = distances.shape
     blocks = np.arange(1, depth + 1)
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7, 4))
+        figure, axis = plt.subplots(figsize=(7, 4.4))
         axis.axhline(uniform, color=GREY, linestyle="--", label=texts["uniform"])
         axis.plot(blocks, distances.mean(axis=1), color=ORANGE, label=texts["mean"])
         # The head of the model reads nothing of the last block but the class token.
@@ -183,7 +183,7 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.yaxis.set_major_formatter(_LocalizedTicks(language))
         axis.grid(alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+        figure.legend(loc="outside lower center", fontsize=9)
         axis.set_title(texts["title"].format(count=len(images)))
         _save(figure, path, source)
 
