@@ -2,8 +2,16 @@
 
 __version__ = "0.1.0"
 
-from keras_vit.attention import attention_rollout, attention_scores, patch_weights
+from keras_vit.attention import (
+    attention_distance,
+    attention_gradients,
+    attention_relevance,
+    attention_rollout,
+    attention_scores,
+    patch_weights,
+)
 from keras_vit.data import load_dataset, read_image
+from keras_vit.embeddings import patch_filters, position_similarity
 from keras_vit.layers import MixUpCutMix, Patches, RandomResizedCrop, TrivialAugment
 from keras_vit.loading import load_model
 from keras_vit.losses import LabelSmoothingCrossentropy
@@ -20,12 +28,17 @@ __all__ = [
     "RandomResizedCrop",
     "TrivialAugment",
     "VisionTransformer",
+    "attention_distance",
+    "attention_gradients",
+    "attention_relevance",
     "attention_rollout",
     "attention_scores",
     "load_dataset",
     "load_model",
+    "patch_filters",
     "patch_weights",
     "list_presets",
+    "position_similarity",
     "predict",
     "read_image",
 ]

@@ -1,13 +1,14 @@
-"""What a trained model attends to: attention scores, and Attention Rollout."""
+"""What a trained model attends to: attention scores, how far they reach, and maps of an image."""
 
 import inspect
 
 import keras
 import numpy as np
 from keras import ops
+from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
 from keras_vit.model import VisionTransformer
-from keras_vit.validation import fraction_below_one
+from keras_vit.validation import fraction_below_one, grid_of_patches, positive_integer
 
 BATCH_SIZE = 64
 
@@ -41,6 +42,200 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
             or other than that of the previous blocks; or if the images do not have the model's
             input shape.
     """
+    inputs = _checked_inputs(model, images)
+    return np.concatenate([_scores_of_batch(model, batch) for batch in _in_batches(inputs)])
+
+
+def attention_gradients(model: keras.Model, images: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Gradient of the logit of a class with respect to every attention score of a model.
+
+    Where it is positive, the logit would grow if the token attended more to that other token. It is
+    the derivative of all that the model computes from the score, later attention included.
+
+    Args:
+        model: as for `attention_scores`, with one output `(B, num_classes)`. Its attention layers
+            are `MultiHeadAttention`, of Keras or of this package, without a gate.
+        images: as for `attention_scores`.
+        classes: integer array `(B,)`, a class for each image.
+
+    Returns:
+        NumPy array `(B, L, A, T, S)`, float32, in logits: one value for each of the
+        `attention_scores`. In the last block of a `VisionTransformer` with a class token, only the
+        first row differs from zero, as the head reads that token alone.
+
+    Raises:
+        ValueError: if `attention_scores` would raise one; if the model has other outputs or
+            attention layers; or if `classes` is not one class of the model for each image.
+    """
+    inputs, outputs = _checked_inputs(model, images), [tuple(x.shape) for x in model.outputs]
+    if len(outputs) != 1 or len(outputs[0]) != 2:
+        raise ValueError(
+            "Expected a model with one output of shape (batch, classes). "
+            f"Received: model={model.name!r} with outputs of shape {_unpack_single(outputs)}"
+        )
+    for layer in filter(_is_attention, model.layers):
+        if not isinstance(layer, keras.layers.MultiHeadAttention) or layer._use_gate:
+            raise ValueError(
+                "Expected every attention layer to be a `MultiHeadAttention` without a gate. "
+                f"Received: layer {layer.name!r}, a {type(layer).__name__}"
+            )
+    classes, count = np.asarray(classes), outputs[0][1]
+    is_integer = np.issubdtype(classes.dtype, np.integer)
+    if classes.shape != (len(inputs[0]),) or not is_integer or set(classes) - set(range(count)):
+        raise ValueError(
+            f"Expected `classes` to be an integer from 0 to {count - 1} for each of "
+            f"{len(inputs[0])} images. Received: classes={classes!r}"
+        )
+    batches = _in_batches([*inputs, classes])
+    return np.concatenate([_gradients_of_batch(model, *batch) for batch in batches])
+
+
+def attention_distance(
+    scores: np.ndarray, grid: tuple[int, int], patch_size: int, class_token: bool = True
+) -> np.ndarray:
+    """Mean attention distance of each head: how far it looks (Dosovitskiy et al., 2021).
+
+    That is the mean distance between the centers of two patches, over all pairs of them, weighted
+    by the attention of the first to the second. It corresponds to the size of a receptive field in
+    a convolutional network: near zero for a head that looks at its own patch, and
+    `attention_distance(np.ones_like(scores), ...)` for one that looks everywhere equally.
+
+    Args:
+        scores: array `(B, L, A, T, T)` of self-attention, as returned by `attention_scores`.
+        grid: tuple `(rows, columns)` of patches.
+        patch_size: int, side of a patch in pixels.
+        class_token: bool, whether token 0 is a class token. It has no position: attention from it
+            and to it is left out.
+
+    Returns:
+        Array `(B, L, A)`, in pixels; NaN for a head whose patches attend to the class token only.
+
+    Raises:
+        ValueError: if the scores have another shape or are not finite and non-negative, if the grid
+            does not have as many patches as they have, or if `patch_size` is not a positive
+            integer.
+    """
+    scores = _checked_scores(scores)
+    rows, columns = grid_of_patches(grid)
+    patch_size = positive_integer("patch_size", patch_size)
+    if rows * columns + class_token != scores.shape[-1]:
+        raise ValueError(
+            f"Expected `grid` to have {scores.shape[-1] - class_token} patches, as `scores` with "
+            f"class_token={class_token} have. Received: grid={grid}"
+        )
+    centers = patch_size * np.indices((rows, columns)).reshape(2, -1)
+    distances = np.hypot(*(centers[:, :, None] - centers[:, None])).astype(scores.dtype)
+    first = int(class_token)
+    between_patches = scores[..., first:, first:]
+    total = between_patches.sum(axis=(-2, -1))
+    weighted = np.einsum("...ts,ts->...", between_patches, distances)
+    return np.divide(weighted, total, out=np.full_like(total, np.nan), where=total > 0)
+
+
+def attention_rollout(
+    scores: np.ndarray,
+    head_fusion: str = "mean",
+    discard_ratio: float = 0.0,
+    class_token: bool = True,
+    gradients: np.ndarray | None = None,
+) -> np.ndarray:
+    """Attention Rollout: follows attention through all blocks (Abnar & Zuidema, 2020).
+
+    In each block the heads are fused into one matrix, which is averaged with the identity for the
+    residual connection; its rows are normalized to sum to one. The product of these matrices,
+    from the first block to the last, is the weight of each input token in each output token.
+
+    The rollout is the same for every class. With `gradients`, it is that of one class: each score
+    is multiplied by its gradient before the heads are fused, and what is negative after that is
+    set to zero (gradient-weighted rollout; Gildenblat, 2020).
+
+    Args:
+        scores: array `(B, L, A, T, T)` of self-attention, as returned by `attention_scores`.
+        head_fusion: `"mean"`, `"max"` or `"min"` over the heads.
+        discard_ratio: float in [0, 1), fraction of the entries of each fused matrix that are set
+            to zero, the smallest first.
+        class_token: bool, whether token 0 is a class token; attention to it is never discarded.
+        gradients: array of the shape of `scores`, as returned by `attention_gradients`; none by
+            default.
+
+    Returns:
+        Array `(B, T, T)`; each row sums to one. `patch_weights` extracts what the head reads.
+
+    Raises:
+        ValueError: if the scores have another shape or are not finite and non-negative, if the
+            gradients have another shape than they or are not finite, or if an option is out of
+            range.
+    """
+    scores = _checked_scores(scores)
+    if gradients is not None:
+        gradients = _checked_gradients(gradients, scores)
+    if head_fusion not in ("mean", "max", "min"):
+        raise ValueError(
+            "Expected `head_fusion` to be 'mean', 'max' or 'min'. "
+            f"Received: head_fusion={head_fusion!r}"
+        )
+    fraction_below_one("discard_ratio", discard_ratio)
+
+    identity = np.eye(scores.shape[-1], dtype=scores.dtype)
+    rollout = np.broadcast_to(identity, scores[:, 0, 0].shape)
+    for block in range(scores.shape[1]):
+        attention = scores[:, block]
+        if gradients is not None:
+            attention = attention * gradients[:, block]
+        attention = getattr(attention, head_fusion)(axis=1).clip(0)
+        attention = _discard(attention, discard_ratio, class_token) + identity
+        attention /= attention.sum(axis=-1, keepdims=True)
+        rollout = attention @ rollout
+    return rollout
+
+
+def attention_relevance(scores: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+    """Relevance of each token for the logit of a class (Chefer et al., ICCV 2021).
+
+    In each block, attention is multiplied by its gradient, negative products are set to zero, and
+    the mean over the heads is a matrix `A`. Relevance starts as the identity matrix `R`, and each
+    block adds `A @ R` to it (equations 5 and 6 of the paper).
+
+    Args:
+        scores: array `(B, L, A, T, T)` of self-attention, as returned by `attention_scores`.
+        gradients: array of the same shape, as returned by `attention_gradients`.
+
+    Returns:
+        Array `(B, T, T)`, non-negative: row `t` holds the relevance of each input token in output
+        token `t`. `patch_weights` extracts what the head reads.
+
+    Raises:
+        ValueError: if the scores have another shape or are not finite and non-negative, or if the
+            gradients have another shape than they or are not finite.
+    """
+    scores = _checked_scores(scores)
+    gradients = _checked_gradients(gradients, scores)
+    relevance = np.broadcast_to(np.eye(scores.shape[-1], dtype=scores.dtype), scores[:, 0, 0].shape)
+    for block in range(scores.shape[1]):
+        attention = (scores[:, block] * gradients[:, block]).clip(0).mean(axis=1)
+        relevance = relevance + attention @ relevance
+    return relevance
+
+
+def patch_weights(rollout: np.ndarray, class_token: bool = True) -> np.ndarray:
+    """The weight of each patch in what the head of a `VisionTransformer` reads.
+
+    With a class token, that is the row of the class token. With `pooling="mean"`, the head reads
+    the mean of all patch tokens: the weights are the mean of their rows.
+
+    Args:
+        rollout: array `(B, T, T)`, as returned by `attention_rollout` or `attention_relevance`.
+        class_token: bool, whether token 0 is a class token.
+
+    Returns:
+        Array `(B, N)`, one weight for each patch, row by row. Those of a rollout sum to one; with
+        a class token, to one minus the weight of the class token.
+    """
+    return rollout[:, 0, 1:] if class_token else rollout.mean(axis=1)
+
+
+def _checked_inputs(model, images):
+    """The arrays of a model's inputs, if its attention scores for them can be collected."""
     _check_graph(model)
     if len(model.inputs) == 1 and not isinstance(images, dict):
         images = np.asarray(images)
@@ -52,37 +247,16 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
             f"Expected `images` to be non-empty and of shape {_unpack_single(expected)}. "
             f"Received: images.shape={_unpack_single(shapes)}"
         )
-    starts = range(0, len(inputs[0]), BATCH_SIZE)
-    batches = ([x[start : start + BATCH_SIZE] for x in inputs] for start in starts)
-    return np.concatenate([_scores_of_batch(model, batch) for batch in batches])
+    return inputs
 
 
-def attention_rollout(
-    scores: np.ndarray,
-    head_fusion: str = "mean",
-    discard_ratio: float = 0.0,
-    class_token: bool = True,
-) -> np.ndarray:
-    """Attention Rollout: follows attention through all blocks (Abnar & Zuidema, 2020).
+def _in_batches(arrays):
+    for start in range(0, len(arrays[0]), BATCH_SIZE):
+        yield [array[start : start + BATCH_SIZE] for array in arrays]
 
-    In each block the heads are fused into one matrix, which is averaged with the identity for the
-    residual connection; its rows are normalized to sum to one. The product of these matrices,
-    from the first block to the last, is the weight of each input token in each output token.
 
-    Args:
-        scores: array `(B, L, A, T, T)` of self-attention, as returned by `attention_scores`.
-        head_fusion: `"mean"`, `"max"` or `"min"` over the heads.
-        discard_ratio: float in [0, 1), fraction of the entries of each fused matrix that are set
-            to zero, the smallest first.
-        class_token: bool, whether token 0 is a class token; attention to it is never discarded.
-
-    Returns:
-        Array `(B, T, T)`; each row sums to one. `patch_weights` extracts what the head reads.
-
-    Raises:
-        ValueError: if the scores have another shape or are not finite and non-negative, or if
-            an option is out of range.
-    """
+def _checked_scores(scores):
+    """Scores of self-attention as an array of floats."""
     scores = np.asarray(scores)
     if scores.ndim != 5 or 0 in scores.shape:
         raise ValueError(
@@ -102,38 +276,23 @@ def attention_rollout(
             "Expected `scores` to be finite and non-negative. "
             f"Received: scores from {scores.min()} to {scores.max()}"
         )
-    if head_fusion not in ("mean", "max", "min"):
+    return scores
+
+
+def _checked_gradients(gradients, scores):
+    """Gradients of the scores as an array."""
+    gradients = np.asarray(gradients)
+    if gradients.shape != scores.shape:
         raise ValueError(
-            "Expected `head_fusion` to be 'mean', 'max' or 'min'. "
-            f"Received: head_fusion={head_fusion!r}"
+            f"Expected `gradients` to have the shape of `scores`, {scores.shape}. "
+            f"Received: gradients.shape={gradients.shape}"
         )
-    fraction_below_one("discard_ratio", discard_ratio)
-
-    identity = np.eye(scores.shape[-1], dtype=scores.dtype)
-    rollout = np.broadcast_to(identity, scores[:, 0, 0].shape)
-    for block in range(scores.shape[1]):
-        attention = getattr(scores[:, block], head_fusion)(axis=1)
-        attention = _discard(attention, discard_ratio, class_token) + identity
-        attention /= attention.sum(axis=-1, keepdims=True)
-        rollout = attention @ rollout
-    return rollout
-
-
-def patch_weights(rollout: np.ndarray, class_token: bool = True) -> np.ndarray:
-    """The weight of each patch in what the head of a `VisionTransformer` reads.
-
-    With a class token, that is the row of the class token. With `pooling="mean"`, the head reads
-    the mean of all patch tokens: the weights are the mean of their rows.
-
-    Args:
-        rollout: array `(B, T, T)`, as returned by `attention_rollout`.
-        class_token: bool, whether token 0 is a class token.
-
-    Returns:
-        Array `(B, N)`, one weight for each patch, row by row. They sum to one; with a class
-        token, to one minus the weight of the class token.
-    """
-    return rollout[:, 0, 1:] if class_token else rollout.mean(axis=1)
+    if not np.isfinite(gradients).all():
+        raise ValueError(
+            "Expected `gradients` to be finite. "
+            f"Received: gradients from {gradients.min()} to {gradients.max()}"
+        )
+    return gradients
 
 
 def _check_graph(model):
@@ -183,7 +342,73 @@ def _scores_of_batch(model, inputs):
     """Attention scores `(B, L, A, T, S)` of one batch, from a run of the model's graph."""
     blocks = []
 
-    def recording(operation):
+    def attend(layer, args, kwargs):
+        outputs, scores = _outputs_and_scores(layer, args, kwargs)
+        shape = tuple(getattr(scores, "shape", ()))
+        _check_shape(layer.name, shape, len(inputs[0]), blocks)
+        blocks.append(ops.convert_to_numpy(scores).astype("float32"))
+        return outputs, scores
+
+    _run(model, inputs, attend)
+    return np.stack(blocks, axis=1)
+
+
+def _gradients_of_batch(model, *inputs_and_classes):
+    """Gradients `(B, L, A, T, S)` of the logits of one class per image by the attention scores."""
+    *inputs, classes = inputs_and_classes
+    scores = _scores_of_batch(model, inputs)
+    picked = ops.one_hot(classes, model.outputs[0].shape[1], dtype="float32")
+
+    def logits_of(changes):
+        """The sum of the logits if each block's scores are changed; at zero, they are not."""
+        remaining = iter(changes)
+
+        def attend(layer, args, kwargs):
+            outputs, scores = _outputs_and_scores(layer, args, kwargs)
+            scores = scores + ops.cast(next(remaining), scores.dtype)
+            value = inspect.signature(layer.call).bind(*args, **kwargs).arguments["value"]
+            heads = ops.einsum("bats,bsad->btad", scores, layer._value_dense(value))
+            attended = layer._output_dense(heads)
+            set_keras_mask(attended, get_keras_mask(outputs))
+            return attended, scores
+
+        (logits,) = keras.tree.flatten(_run(model, inputs, attend))
+        return ops.sum(picked * ops.cast(logits, "float32"))
+
+    changes = [np.zeros_like(block) for block in np.moveaxis(scores, 1, 0)]
+    gradients = _gradients(logits_of, [ops.convert_to_tensor(x) for x in changes])
+    return np.stack([ops.convert_to_numpy(x) for x in gradients], axis=1)
+
+
+def _gradients(function, tensors):
+    """Gradients of a scalar function of a list of tensors by each of them."""
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            result = function(tensors)
+        zero = tf.UnconnectedGradients.ZERO
+        return tape.gradient(result, tensors, unconnected_gradients=zero)
+    if backend == "jax":
+        import jax
+
+        return jax.grad(function)(tensors)
+    import torch
+
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    return torch.autograd.grad(function(tensors), tensors, materialize_grads=True)
+
+
+def _run(model, inputs, attend):
+    """Outputs of a model's graph in inference mode, whose attention layers `attend` calls.
+
+    It is called with a layer, its arguments and its keyword arguments, and returns the layer's
+    outputs and scores.
+    """
+
+    def calling(operation):
         def call(*args, **kwargs):
             if _takes(operation, "training"):
                 kwargs["training"] = False
@@ -192,17 +417,13 @@ def _scores_of_batch(model, inputs):
             if isinstance(model, VisionTransformer):
                 args = args[1], args[1]
             returns_scores = kwargs.pop("return_attention_scores", False)
-            outputs, scores = _outputs_and_scores(operation, args, kwargs)
-            shape = tuple(getattr(scores, "shape", ()))
-            _check_shape(operation.name, shape, len(inputs[0]), blocks)
-            blocks.append(ops.convert_to_numpy(scores).astype("float32"))
+            outputs, scores = attend(operation, args, kwargs)
             return (outputs, scores) if returns_scores else outputs
 
         return call
 
     tensors = [ops.convert_to_tensor(x, y.dtype) for x, y in zip(inputs, model.inputs)]
-    model._run_through_graph(tensors, operation_fn=recording)
-    return np.stack(blocks, axis=1)
+    return model._run_through_graph(tensors, operation_fn=calling)
 
 
 def _outputs_and_scores(layer, args, kwargs):

@@ -35,6 +35,22 @@ def shape_of_image(image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return height, width, channels
 
 
+def grid_of_patches(grid: tuple[int, int]) -> tuple[int, int]:
+    """`grid` as a tuple of two ints.
+
+    Raises:
+        ValueError: if it is not two integers of at least 1.
+    """
+    try:
+        rows, columns = (positive_integer("", size) for size in grid)
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected `grid` to be (rows, columns) of patches, integers of at least 1. "
+            f"Received: grid={grid!r}"
+        ) from None
+    return rows, columns
+
+
 def fraction(name: str, value: float) -> float:
     """`value`, if it is a number in [0, 1].
 

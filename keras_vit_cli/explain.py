@@ -1,11 +1,11 @@
-"""`explain`: where a model looks, as Attention Rollout."""
+"""`explain`: where a model looks, as Attention Rollout, and what speaks for a class."""
 
 import pathlib
 
 import numpy as np
 
 from keras_vit.files import make_output
-from keras_vit.reporting import figures, metrics
+from keras_vit.reporting import figures, metrics, representations
 from keras_vit.reporting.explorer import MAX_IMAGES
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
@@ -18,6 +18,7 @@ def run(options):
         backend.require("jinja2", "--html")
     model = load_model(options.model)
     names, failed, shown, taken = class_names(model), False, [], set()
+    targets = [_index(names, target, options.model) for target in options.target]
     with explaining_failed_writes(options.output):
         make_output(options.output)
         for paths, images, some_failed in image_batches(options.images, model):
@@ -26,11 +27,19 @@ def run(options):
             probabilities = metrics.predict(model, images) if paths else ()
             for path, image, row in zip(paths, images, probabilities):
                 title = f"{names[row.argmax()]} {row.max():.0%}"
-                picture = _free_name(options.output, path, taken)
+                picture = _free_name(options.output, path, "attention", taken)
                 figures.draw_attention_rollout(
                     model, image[None], [title], picture, language=options.language
                 )
                 print(f"{path}: {title}, {picture}")
+                if targets:
+                    picture = _free_name(options.output, path, "classes", taken)
+                    titles = [f"{names[target]} {row[target]:.0%}" for target in targets]
+                    repeated = np.repeat(image[None], len(targets), axis=0)
+                    representations.draw_class_maps(
+                        model, repeated, targets, titles, picture, language=options.language
+                    )
+                    print(f"{path}: {', '.join(titles)}, {picture}")
                 if len(shown) < MAX_IMAGES:
                     shown.append((image, f"{pathlib.Path(path).name}: {title}"))
         if options.html and shown:
@@ -63,9 +72,18 @@ def _write_explorer(options, model, shown):
     print(f"Attention explorer of {count} images: {path}")
 
 
-def _free_name(folder, path, taken):
+def _index(names, target, model):
+    """The number of a class of a model."""
+    if target not in names:
+        raise CommandError(
+            f"--target must be a class of {model}, one of {', '.join(names)}, not {target!r}"
+        )
+    return names.index(target)
+
+
+def _free_name(folder, path, kind, taken):
     """A path for the picture of an image, which no other image of this call has."""
-    stem = f"{pathlib.Path(path).stem}-attention"
+    stem = f"{pathlib.Path(path).stem}-{kind}"
     names = (f"{stem}{end}.png" for end in ("", *(f"-{n}" for n in range(2, len(taken) + 2))))
     name = next(name for name in names if name not in taken)
     taken.add(name)

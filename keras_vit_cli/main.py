@@ -85,7 +85,9 @@ def parse(arguments):
 
     evaluate = add("evaluate", "measure a model on images that it was not trained on")
     predict = add("predict", "name the likeliest classes of images")
-    explain = add("explain", "draw where a model looks, as Attention Rollout")
+    explain = add(
+        "explain", "draw where a model looks, as Attention Rollout, and what speaks for a class"
+    )
     features = add("features", "write what a model's head reads of images, one row each")
     export = add("export", "write a model for another runtime, and compare it there")
     report = add("report", "write the report of a run again")
@@ -121,6 +123,13 @@ def parse(arguments):
     output_format = predict.add_mutually_exclusive_group()
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
     output_format.add_argument("--csv", action="store_true", help="one line per image and class")
+    explain.add_argument(
+        "--target",
+        metavar="CLASS",
+        action="append",
+        default=[],
+        help="draw what speaks for this class as well; may be repeated",
+    )
     explain.add_argument("--html", action="store_true", help="the attention explorer as well")
     explain.add_argument(
         "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"

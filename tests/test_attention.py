@@ -1,4 +1,6 @@
-"""Scores against a NumPy computation from the weights; rollout against loops and closed forms."""
+"""Scores and gradients against NumPy, from the weights; maps against loops and closed forms."""
+
+import math
 
 import keras
 import numpy as np
@@ -6,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_vit import VisionTransformer, attention_rollout, attention_scores, patch_weights
+from keras_vit import (
+    VisionTransformer,
+    attention_distance,
+    attention_gradients,
+    attention_relevance,
+    attention_rollout,
+    attention_scores,
+    patch_weights,
+)
 
 HEADS, DEPTH = 2, 3
 
@@ -448,3 +458,216 @@ def test_a_discard_ratio_out_of_range_is_refused(discard_ratio):
     with pytest.raises(ValueError) as error:
         attention_rollout(random_scores(9, 1, 1, 1, 3, 3), discard_ratio=discard_ratio)
     assert f"Received: discard_ratio={discard_ratio!r}" in str(error.value)
+
+
+# Gradients
+
+
+def numpy_weights(model):
+    """The weights of each layer in float64, by its name."""
+    return {
+        layer.name: [keras.ops.convert_to_numpy(x).astype("float64") for x in layer.weights]
+        for layer in model.layers
+    }
+
+
+def numpy_logits(by_layer, pooling, image, block=None, change=0.0):
+    """Logits of one image in float64, with `change` `(A, T, T)` added to the scores of a block."""
+    weights = by_layer.get
+
+    def normed(x, name):
+        scale, offset = weights(name)
+        centered = x - x.mean(axis=-1, keepdims=True)
+        return (
+            centered / np.sqrt((centered**2).mean(axis=-1, keepdims=True) + 1e-6) * scale + offset
+        )
+
+    def dense(x, name):
+        kernel, bias = weights(name)
+        return x @ kernel + bias
+
+    mean, variance, *_ = weights("normalization")
+    pixels = (image - mean) / np.sqrt(variance)
+    patches = pixels.reshape(2, 4, 3, 4, 3).swapaxes(1, 2).reshape(6, 48)
+    x = dense(patches, "patch_embedding")
+    if pooling == "token":
+        x = np.concatenate([weights("class_token")[0][0], x])
+    x = x + weights("position_embedding")[0][0]
+    for number in range(1, DEPTH + 1):
+        name = f"block_{number}"
+        y = normed(x, f"{name}_attention_norm")
+        query, query_bias, key, key_bias, value, value_bias, output, output_bias = weights(
+            f"{name}_attention"
+        )[:8]
+        queries, keys, values = (
+            np.einsum("td,dah->ath", y, kernel) + bias[:, None]
+            for kernel, bias in ((query, query_bias), (key, key_bias), (value, value_bias))
+        )
+        scores = softmax(queries @ keys.swapaxes(1, 2) / np.sqrt(query.shape[-1]))
+        if number == block:
+            scores = scores + change
+        x = x + np.einsum("ath,ahd->td", scores @ values, output) + output_bias
+        y = dense(normed(x, f"{name}_mlp_norm"), f"{name}_mlp_hidden")
+        y = y * 0.5 * (1 + np.vectorize(math.erf)(y / np.sqrt(2)))
+        x = x + dense(y, f"{name}_mlp_output")
+    x = normed(x, "norm")
+    return dense(x[0] if pooling == "token" else x.mean(axis=0), "head")
+
+
+@pytest.mark.parametrize("pooling", ["token", "mean"])
+def test_gradients_agree_with_finite_differences_of_numpy(model, images, pooling):
+    if pooling == "mean":
+        mean = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
+        mean.adapt(images)
+        rng = np.random.default_rng(2)
+        for weight in mean.trainable_weights:
+            weight.assign(rng.normal(0, 0.4, weight.shape))
+        model = mean
+    classes = np.array([2, 0, 3, 3, 1])
+    gradients = attention_gradients(model, images, classes)
+    scores = attention_scores(model, images)
+    assert gradients.shape == scores.shape and gradients.dtype == np.float32
+    start = numpy_weights(model), pooling
+    logits = model.predict(images, verbose=0)[1]
+    np.testing.assert_allclose(numpy_logits(*start, images[1]), logits, atol=1e-4)
+    random = np.random.default_rng(3)
+    for image, block, head, query, key in random.integers(0, scores.shape, (40, 5)):
+        change = np.zeros(scores.shape[2:])
+        change[head, query, key] = 1e-4
+        above, below = (
+            numpy_logits(*start, images[image], block + 1, sign * change)[classes[image]]
+            for sign in (1, -1)
+        )
+        found = gradients[image, block, head, query, key]
+        assert found == pytest.approx((above - below) / 2e-4, rel=1e-3, abs=1e-4)
+    if pooling == "token":  # The head reads the class token only.
+        assert not gradients[:, -1, :, 1:].any() and gradients[:, -1, :, 0].any()
+
+
+def test_gradients_of_one_layer_of_keras_agree_with_their_formula():
+    """Two of six tokens are masked; the logit is linear in the scores."""
+    tokens = TOKENS.copy()
+    tokens[:, 4:] = 0
+    inputs, layer = keras.Input((6, 8)), attention_layer()
+    masked = keras.layers.Masking()(inputs)
+    pooled = keras.layers.GlobalAveragePooling1D()(layer(masked, masked))
+    head = keras.layers.Dense(3)
+    model = keras.Model(inputs, head(pooled))
+    classes = np.array([0, 2, 1])
+    *_, value, value_bias, output, _ = (np.asarray(x) for x in layer.get_weights())
+    values = np.einsum("bsd,dah->bash", tokens, value) + value_bias[None, :, None]
+    # Each of the four tokens that are pooled counts for a quarter.
+    per_key = np.einsum("bash,ahd,dk->bask", values, output, head.get_weights()[0])
+    expected = np.zeros((3, HEADS, 6, 6))
+    expected[:, :, :4] = per_key[np.arange(3), :, :, classes][:, :, None] / 4
+    found = attention_gradients(model, tokens, classes)[:, 0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "classes", [[0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 3, -1], [0.0] * 5, 1, [[0]] * 5]
+)
+def test_classes_that_the_images_cannot_have_are_refused(model, images, classes):
+    with pytest.raises(ValueError) as error:
+        attention_gradients(model, images, classes)
+    assert "integer from 0 to 3 for each of 5 images. Received: classes=" in str(error.value)
+
+
+def test_gradients_of_other_outputs_and_layers_are_refused():
+    inputs = keras.Input((6, 8))
+    tokens = attention_layer()(inputs, inputs)
+    with pytest.raises(ValueError, match=r"one output of shape \(batch, classes\)"):
+        attention_gradients(keras.Model(inputs, tokens), TOKENS, [0, 0, 0])
+    grouped = keras.layers.GroupQueryAttention(4, 2, 1, name="grouped")(inputs, inputs)
+    with pytest.raises(ValueError, match="Received: layer 'grouped', a GroupedQueryAttention"):
+        attention_gradients(keras.Model(inputs, grouped[:, 0]), TOKENS, [0, 0, 0])
+
+
+# Maps of a class
+
+
+@pytest.mark.parametrize("discard_ratio", [0.0, 0.5])
+def test_gradient_weighted_rollout_agrees_with_loops(discard_ratio):
+    scores = random_scores(10, 2, 3, 2, 5, 5)
+    gradients = np.random.default_rng(11).normal(size=scores.shape)
+    weighted = (scores * gradients).mean(axis=2, keepdims=True)
+    expected = rollout_by_loops(np.maximum(weighted, 0), "mean", discard_ratio, True)
+    found = attention_rollout(scores, discard_ratio=discard_ratio, gradients=gradients)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_relevance_agrees_with_loops():
+    scores = random_scores(12, 2, 3, 2, 4, 4)
+    gradients = np.random.default_rng(13).normal(size=scores.shape)
+    tokens, expected = range(4), []
+    for image, slopes in zip(scores.tolist(), gradients.tolist()):
+        relevance = [[float(i == j) for j in tokens] for i in tokens]
+        for block, slope in zip(image, slopes):
+            fused = [
+                [sum(max(a[i][j] * g[i][j], 0) for a, g in zip(block, slope)) / 2 for j in tokens]
+                for i in tokens
+            ]
+            relevance = [
+                [
+                    relevance[i][j] + sum(fused[i][k] * relevance[k][j] for k in tokens)
+                    for j in tokens
+                ]
+                for i in tokens
+            ]
+        expected.append(relevance)
+    np.testing.assert_allclose(attention_relevance(scores, gradients), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [attention_relevance, attention_rollout])
+def test_gradients_of_other_scores_are_refused(function):
+    scores = random_scores(14, 2, 1, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"Received: gradients.shape=\(1, 1, 1, 3, 3\)"):
+        function(scores, gradients=scores[:1])
+    with pytest.raises(ValueError, match="Expected `gradients` to be finite"):
+        function(scores, gradients=scores * np.nan)
+
+
+# Distance
+
+
+def test_uniform_attention_along_a_line_has_the_distance_of_two_random_points():
+    for count in (1, 2, 7):
+        scores = np.full((2, 3, 2, count, count), 1 / count)
+        expected = 4 * (count**2 - 1) / (3 * count)
+        for grid in ((1, count), (count, 1)):
+            found = attention_distance(scores, grid, patch_size=4, class_token=False)
+            np.testing.assert_allclose(found, np.full((2, 3, 2), expected))
+    # Of four patches in a square, two are neighbours and one is across.
+    found = attention_distance(np.ones((1, 1, 1, 4, 4)), (2, 2), patch_size=8, class_token=False)
+    np.testing.assert_allclose(found, 8 * (1 + 1 + math.sqrt(2)) / 4)
+
+
+def test_distance_agrees_with_loops_on_a_rectangular_grid():
+    scores = random_scores(15, 2, 2, 3, 7, 7)
+    found = attention_distance(scores, (2, 3), patch_size=5)
+    for index in np.ndindex(found.shape):
+        distance = weight = 0.0
+        for query in range(6):
+            for key in range(6):
+                rows, columns = query // 3 - key // 3, query % 3 - key % 3
+                attention = scores[(*index, query + 1, key + 1)]
+                distance += attention * 5 * math.sqrt(rows**2 + columns**2)
+                weight += attention
+        assert found[index] == pytest.approx(distance / weight)
+
+
+def test_a_head_that_looks_at_its_own_patch_has_distance_zero_and_the_class_token_has_none():
+    scores = np.zeros((1, 1, 3, 5, 5))
+    scores[0, 0, 0] = np.eye(5)
+    scores[0, 0, 1, :, 0] = 1
+    scores[0, 0, 2, 1, 4] = 0.1  # The rest of it goes to the class token.
+    scores[0, 0, 2, 1, 0] = 0.9
+    distance = attention_distance(scores, (2, 2), patch_size=4)[0, 0]
+    np.testing.assert_allclose(distance, [0, np.nan, 4 * math.sqrt(2)])
+
+
+@pytest.mark.parametrize("grid", [(2, 2), (7, 1), 6, (2.0, 3), (0, 3)])
+def test_a_grid_of_other_patches_is_refused(grid):
+    with pytest.raises(ValueError) as error:
+        attention_distance(random_scores(16, 1, 1, 1, 7, 7), grid, 4)
+    assert f"Received: grid={grid}" in str(error.value)

@@ -173,6 +173,12 @@ PARTS = {
     "keras.src.layers.preprocessing.data_layer: DataLayer": lambda: imports(
         "keras.src.layers.preprocessing.data_layer", "DataLayer"
     ),
+    **{
+        f"keras.src.backend.common.masking: {name}": lambda name=name: imports(
+            "keras.src.backend.common.masking", name
+        )
+        for name in ("get_keras_mask", "set_keras_mask")
+    },
     "tensorflow.python.ops: control_flow_util": lambda: imports(
         "tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext"
     ),

@@ -40,7 +40,7 @@ MAX_PATCHES = 128
 def draw_all(
     model, dataset, probabilities, folder, history=None, milestone_epochs=(), language="en"
 ):
-    """Draws the seven pictures of a run; without its training history, six.
+    """Draws the eleven pictures of a run; without its training history, ten.
 
     Args:
         model: a trained `VisionTransformer`.
@@ -72,6 +72,9 @@ def draw_all(
     ]
     path = folder / "attention_rollout.png"
     draw_attention_rollout(model, images[examples], titles, path, **common)
+    from keras_vit.reporting import representations  # It builds on this module.
+
+    representations.draw_all(model, images, probabilities, class_names, folder, **common)
 
 
 def draw_augmentation(layers, images, path, source=None, count=5, draws=9, language="en"):

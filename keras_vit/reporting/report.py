@@ -60,8 +60,24 @@ SECTIONS = {
     ),
     "rollout": (
         "attention_rollout.png",
-        ("attention.attention_scores", "attention.attention_rollout", "reporting.explorer.pack"),
+        (
+            *("attention.attention_scores", "attention.attention_rollout"),
+            *("attention.attention_gradients", "attention.attention_relevance"),
+            "reporting.explorer.pack",
+        ),
     ),
+    "learned": (
+        None,
+        (
+            *("embeddings.patch_filters", "embeddings.position_similarity"),
+            "attention.attention_distance",
+        ),
+    ),
+}
+# Pictures after the first one of a section, each with a caption of its own.
+MORE = {
+    "rollout": ("class_maps",),
+    "learned": ("patch_filters", "position_similarity", "attention_distance"),
 }
 
 
@@ -89,6 +105,11 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
     results["more"] = [
         (_data_uri(pictures / "confusion_matrix.png"), texts["sections"]["confusion"])
     ]
+    for section in sections:
+        section["more"] += [
+            (_data_uri(pictures / f"{name}.png"), texts["sections"][name])
+            for name in MORE.get(section["key"], ())
+        ]
     images, titles = _examples(dataset, probabilities, language)
     try:
         attention = pack(model, images, titles)

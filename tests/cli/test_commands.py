@@ -45,7 +45,7 @@ def test_a_folder_is_trained_on_and_its_names_travel_with_the_model(place, model
 
 
 def test_pictures_of_a_run_stay_in_its_folder(place):
-    assert len(list((place / "run" / "figures").glob("*.png"))) == 7
+    assert len(list((place / "run" / "figures").glob("*.png"))) == 11
     assert {path.name for path in place.iterdir()} == {"cache", "images", "run"}
 
 
@@ -187,7 +187,7 @@ def test_a_saved_model_is_measured_as_after_training(place, model, capsys, monke
     for name in ("accuracy", "loss", "calibration_error", "per_class", "parameters"):
         assert found[name] == metrics[name]
     assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
-    assert len(list((tmp_path / "out").glob("*.png"))) == 6
+    assert len(list((tmp_path / "out").glob("*.png"))) == 10
     lines = (tmp_path / "out" / "predictions.csv").read_bytes().decode()
     assert "\r" not in lines
     rows = list(csv.DictReader(io.StringIO(lines)))
@@ -258,11 +258,14 @@ def test_some_classes_or_none_and_a_model_that_does_not_tell_what_it_saw(
 
 def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
     images = [place / "images" / name / "3.png" for name in ("accuracy", "blå")]
-    words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html"]
+    words = [*images, tmp_path / "gone.png", "-o", tmp_path / "out", "--html", "--target=blå"]
     assert run("explain", place / "run" / "model.keras", *words) == 1
     pictures = sorted(path.name for path in files.visible(tmp_path / "out"))
     pictures.append(next((tmp_path / "out").glob("*.html")).name)
-    assert pictures == ["3-attention-2.png", "3-attention.png", "explorer.html"]
+    assert pictures == [
+        *("3-attention-2.png", "3-attention.png", "3-classes-2.png", "3-classes.png"),
+        "explorer.html",
+    ]
     captured = capsys.readouterr()
     assert "gone.png cannot be read" in captured.err
     best, probability = max(expected(model, images[0]).items(), key=lambda pair: pair[1])
@@ -270,6 +273,9 @@ def test_explanations_are_drawn_for_each_image(place, model, capsys, tmp_path):
         f"{images[0]}: {best} {probability:.0%}, {tmp_path / 'out' / '3-attention.png'}"
         in captured.out
     )
+    target = expected(model, images[0])["blå"]
+    picture = tmp_path / "out" / "3-classes.png"
+    assert f"{images[0]}: blå {target:.0%}, {picture}\n" in captured.out
     assert "3.png: accuracy" in (tmp_path / "out" / "explorer.html").read_text(encoding="utf-8")
 
 
@@ -404,6 +410,7 @@ WRONG = {
     "explain {model} x.png": "required: -o/--output",
     "features {model} x.png -o x.csv": "--output must end in .npz, but is x.csv",
     "explain {model} {images}/accuracy -o {images}/accuracy": "is the folder of",
+    "explain {model} x.png -o x --target dog": "one of $_$, accuracy, blå, not 'dog'\n",
     "evaluate {model} --dataset {images} -o {images}/accuracy": "holds images of --dataset",
     "evaluate {model} --dataset digits": "digits has images of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, exp",
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",

@@ -231,7 +231,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
     folder = tmp_path / "runs" / "digits-digits-seed0"
     assert json.loads((folder / "config.json").read_text())["dataset"] == "digits"
     assert json.loads((folder / "metrics.json").read_text())["dataset"] == "digits"
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 11
     assert "images of digits" in captured.out
 
 
@@ -456,7 +456,7 @@ def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, t
     assert [again[key] for key in ("accuracy", "loss")] == [
         metrics[key] for key in ("accuracy", "loss")
     ]
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 11
     assert train("--dataset=digits", folder=tmp_path) == 2
 
 

@@ -10,13 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from keras_vit import VisionTransformer
+from keras_vit import (
+    VisionTransformer,
+    attention_gradients,
+    attention_relevance,
+    attention_scores,
+)
 from keras_vit.data import Dataset
 from keras_vit.model import augmented_for_display
-from keras_vit.reporting import explorer, figures
+from keras_vit.reporting import explorer, figures, representations
 from keras_vit.reporting.texts import load_texts
 
-NAMES = ["augmentation", "patches", "model", "history", "predictions", "confusion_matrix"]
+NAMES = [
+    *("augmentation", "patches", "model", "history", "predictions", "confusion_matrix"),
+    *("attention_rollout", "patch_filters", "position_similarity", "attention_distance"),
+    "class_maps",
+]
 HISTORY = {
     "loss": [2.0, 1.5, 1.2],
     "accuracy": [0.2, 0.4, 0.5],
@@ -54,11 +63,11 @@ def is_drawn(path):
 
 
 @pytest.mark.parametrize("pooling", ["token", pytest.param("mean", marks=pytest.mark.slow)])
-def test_a_run_draws_seven_pictures(tmp_path, model, dataset, probabilities, pooling):
+def test_a_run_draws_eleven_pictures(tmp_path, model, dataset, probabilities, pooling):
     if pooling == "mean":
         model = VisionTransformer.from_config({**model.get_config(), "pooling": "mean"})
     figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
-    expected = {f"{name}.png" for name in [*NAMES, "attention_rollout"]}
+    expected = {f"{name}.png" for name in NAMES}
     assert {path.name for path in tmp_path.iterdir()} == expected
     assert all(is_drawn(path) for path in tmp_path.iterdir())
 
@@ -69,7 +78,7 @@ def test_every_picture_of_data_names_the_data_set(
     drawn = []
     monkeypatch.setattr(figures.plt, "close", drawn.append)
     figures.draw_all(model, dataset, probabilities, tmp_path, HISTORY, [2])
-    assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 6
+    assert [figure.get_suptitle() for figure in drawn] == ["noise"] * 10
 
 
 def texts_of(drawn):
@@ -98,6 +107,8 @@ def test_all_texts_in_pictures_are_of_the_language(
         figures.draw_history(HISTORY, [], path, language=language)
         figures.draw_patches(image, 1, path, language=language)
         figures.draw_augmentation([], image[None], path, language=language)
+        without = keras.Sequential([keras.layers.Dense(1)])
+        representations.draw_position_similarity(without, path, language=language)
     found = texts_of(drawn)
     figures.plt.close("all")
     expected = patterns(load_texts(language)["figures"])
@@ -157,7 +168,7 @@ def test_pictures_show_images_as_they_are_cut_into_patches(tmp_path, dataset, pr
     sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 1}
     model = VisionTransformer((8, 12, 3), 3, augmentation=layers, **sizes)
     figures.draw_all(model, dataset, probabilities, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 6
+    assert len(list(tmp_path.iterdir())) == 10
     images = dataset.test_images[:2]
     page = explorer.pack(model, images, ["one", "two"])
     assert [page[key] for key in ("rows", "columns", "height", "width")] == [3, 4, 12, 16]
@@ -229,3 +240,57 @@ def test_a_model_that_is_always_right_or_always_wrong_is_drawn(tmp_path, dataset
     path = tmp_path / "predictions.png"
     figures.draw_predictions(dataset.test_images, labels, certain, dataset.class_names, path)
     assert is_drawn(path)
+
+
+def test_what_speaks_for_a_class_is_drawn_from_its_relevance(tmp_path, dataset, monkeypatch):
+    """An image of 2x4 patches, twice, with two classes, and no class token."""
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 2, "pooling": "mean"}
+    model = VisionTransformer((8, 16, 3), 3, augmentation=[], **sizes)
+    images = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 8, 16, 3)), 2, axis=0)
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    representations.draw_class_maps(model, images, [0, 2], ["cat", "émeu"], tmp_path / "maps.png")
+    columns = [[x.get_array() for x in axis.images] for axis in drawn[0].axes]
+    scores = attention_scores(model, images)
+    relevance = attention_relevance(scores, attention_gradients(model, images, [0, 2]))
+    expected = relevance.mean(axis=1).reshape(2, 2, 4)
+    np.testing.assert_allclose(columns[3], expected, rtol=1e-4)
+    np.testing.assert_array_equal(columns[0], images)
+    np.testing.assert_array_equal(columns[1][0], columns[1][1])
+    assert not np.allclose(*columns[2]) and not np.allclose(*columns[3])
+    # Colour, in the patch that is most relevant, and none in the least relevant one.
+    for overlay, values in zip(columns[4], expected):
+        colour = np.ptp(overlay.astype(int), axis=-1).reshape(2, 4, 4, 4).mean(axis=(1, 3))
+        assert colour.argmin() == values.argmin() and colour.min() == 0
+        assert colour.flat[values.argmax()] > 50
+
+
+def test_uniform_attention_lies_on_the_line_of_uniform_attention(tmp_path, monkeypatch):
+    sizes = {"embed_dim": 16, "mlp_dim": 16, "num_heads": 2, "depth": 2}
+    model = VisionTransformer((4, 12, 3), 3, augmentation=[], **sizes)
+    for block in (1, 2):
+        layer = model.get_layer(f"block_{block}_attention")
+        layer.set_weights([np.zeros_like(weight) for weight in layer.get_weights()])
+    drawn, images = [], np.zeros((3, 4, 12, 3))
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    representations.draw_attention_distance(model, images, tmp_path / "distance.png")
+    (axis,) = drawn[0].axes
+    uniform, mean = (line.get_ydata() for line in axis.lines)
+    np.testing.assert_allclose([*uniform, *mean], 4 * 8 / 9)  # P (n * n - 1) / (3 n)
+    points = np.concatenate([x.get_offsets() for x in axis.collections])
+    np.testing.assert_allclose(points[:4], [(block, 32 / 9) for block in (1, 1, 2, 2)])
+
+
+def test_of_very_many_patches_some_maps_of_positions_are_drawn(tmp_path, monkeypatch):
+    model = VisionTransformer((4, 80, 3), 3, embed_dim=4, mlp_dim=4, num_heads=1, depth=1)
+    drawn = []
+    monkeypatch.setattr(figures.plt, "close", drawn.append)
+    representations.draw_position_similarity(model, tmp_path / "positions.png")
+    axis = drawn[0].axes[0]
+    columns = [int(label.get_text()) for label in axis.get_xticklabels()]
+    assert len(columns) == 12 and columns[0] == 1 and columns[-1] == 20
+    (mosaic,) = (image.get_array() for image in axis.images)
+    assert mosaic.shape == (1, 12 * 21 - 1)
+    for number, column in enumerate(columns):  # Each position is most similar to itself.
+        assert mosaic[0, 21 * number + column - 1] == pytest.approx(1, abs=1e-5)
+        assert np.isclose(mosaic[0, 21 * number : 21 * number + 20], 1).sum() == 1

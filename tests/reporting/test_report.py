@@ -260,19 +260,21 @@ def run(place, monkeypatch):
     return place / "run"
 
 
-def test_the_report_follows_the_nine_points_with_the_runs_numbers(run, open_page):
+def test_the_report_follows_the_nine_points_and_adds_a_tenth_with_the_runs_numbers(run, open_page):
     metrics = json.loads((run / "metrics.json").read_text())
     page = open_page(run / "report.html", viewport={"width": 1200, "height": 900})
-    assert page.locator("main > section").count() == len(SECTIONS) == 9
+    assert page.locator("main > section").count() == len(SECTIONS) == 10
     headline = page.locator(".headline").inner_text()
     assert f"{metrics['accuracy']:.2%}" in headline
     assert f"{metrics['parameters']:,}" in headline
+    captions = page.locator("#learned figcaption").all_inner_texts()
+    assert [caption.split()[0] for caption in captions] == ["Principal", "Each", "How"]
     training = page.locator("#training").inner_text()
     assert "divided by 10 after epochs 1, 2" in training and "AdamW" in training
     row = page.locator("#results tr").nth(3).inner_text().split()
     assert row[:2] == ["blå", f"{metrics['per_class']['blå']['precision']:.3f}"]
     images = page.evaluate("[...document.images].map(x => x.naturalWidth)")
-    assert len(images) == 7 + 12 + 1 and min(images) > 0
+    assert len(images) == 11 + 12 + 1 and min(images) > 0
     assert page.locator(".thumbnails button").count() == 12
     assert (run / "report.html").stat().st_size < 6 * 2**20
 
@@ -311,7 +313,7 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     after = (again / "report.html").read_text(encoding="utf-8")
     numbers = r"<strong>[^<]*</strong>"
     assert re.findall(numbers, before) == re.findall(numbers, after)
-    assert before.count("data:image/png") == after.count("data:image/png") == 7 + 12
+    assert before.count("data:image/png") == after.count("data:image/png") == 11 + 12
     languages = []  # Drawing once is enough.
     monkeypatch.setattr(figures, "draw_all", lambda *arguments: languages.append(arguments[-1]))
     # Another report, another checksum.
