@@ -17,7 +17,9 @@ BATCH_SIZE = 256
 
 
 def load_model(path):
-    """The `VisionTransformer` of a file, for grey or RGB images."""
+    """The `VisionTransformer` of a file or a run directory, for grey or RGB images."""
+    if (path / "model.keras").is_file():
+        path = path / "model.keras"
     try:
         model = loading.load_model(path)
     except loading.ModelError as error:
@@ -34,6 +36,11 @@ def load_model(path):
 def class_names(model):
     """The class names that a model carries; numbers where it has none."""
     return model.class_names or tuple(str(label) for label in range(model.output_shape[-1]))
+
+
+def enumerated(names, most=10):
+    """The first of some names, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def load_suitable(model, path, name, data_dir):
@@ -57,9 +64,10 @@ def check_suits(model, path, dataset):
         raise CommandError(f"{path} takes images of {expected}, {dataset.name} has {found}")
     count, names = model.output_shape[-1], tuple(dataset.class_names)
     if len(names) != count or model.class_names not in (None, names):
+        of = "the folder's" if dataset.manifest is not None else f"those of {dataset.name}"
         raise CommandError(
-            f"{path} was trained on the classes {', '.join(class_names(model))}, but "
-            f"{dataset.name} has {', '.join(names)}"
+            f"The model's classes ({enumerated(class_names(model))}) differ from {of} "
+            f"({enumerated(names)})."
         )
 
 
@@ -83,17 +91,27 @@ def image_batches(words, model):
                 images.append(read_image(path, (height, width), channels))
                 names.append(path)
             except ImageError as error:
-                print(f"error: {path} cannot be read: {error}", file=sys.stderr)
+                reason = "has no images" if os.path.isdir(path) else f"cannot be read: {error}"
+                print(f"error: {path} {reason}", file=sys.stderr)
         yield names, np.array(images), len(names) < len(paths)
 
 
 def _listed(words):
     """Names of files, one by one: those named, those in folders, those listed on stdin."""
     for word in words:
-        folder = os.path.expanduser(word)
+        path = os.path.expanduser(word)
         if word == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif os.path.isdir(folder):
-            yield from map(str, visible(pathlib.Path(folder)))
+            yield from _listed(filter(None, _lines_of_stdin()))
+        elif os.path.isdir(path):
+            yield from map(str, visible(pathlib.Path(path)) or [path])
         else:
-            yield word
+            yield path
+
+
+def _lines_of_stdin():
+    """The lines of stdin without their ends; names of files are any bytes."""
+    lines = sys.stdin
+    if os.name != "nt" and hasattr(sys.stdin, "buffer"):
+        lines = map(os.fsdecode, sys.stdin.buffer)
+    for number, line in enumerate(lines):
+        yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")

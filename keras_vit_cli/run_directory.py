@@ -10,7 +10,7 @@ from keras_vit.data import is_folder
 from keras_vit.files import CHECKSUMS, PARTS, RunLocked, locked, write_checksums, write_json
 from keras_vit.loading import ModelError, check_archive
 from keras_vit.training import BEST_MODEL, CHECKPOINT_NAMES, CHECKPOINTS, HISTORY, TIMING
-from keras_vit_cli.errors import CommandError
+from keras_vit_cli.errors import CommandError, failed_write
 from keras_vit_cli.settings import current_names
 
 # Settings that may change when a run resumes.
@@ -184,4 +184,5 @@ def check_writable(folder, flag):
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise CommandError(f"{flag} {folder} cannot be written to: {error.strerror}") from error
+        error.filename = None  # Of a temporary file.
+        raise CommandError(f"{failed_write(error, folder)} Choose another {flag}.") from error
