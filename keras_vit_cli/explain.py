@@ -4,8 +4,9 @@ import pathlib
 
 import numpy as np
 
-from keras_vit.reporting import figures, metrics
+from keras_vit.reporting import figures, fonts, metrics
 from keras_vit.reporting.explorer import MAX_IMAGES
+from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import class_names, image_batches, load_model
@@ -17,6 +18,7 @@ def run(options):
         backend.require("jinja2", "--html")
     model = load_model(options.model)
     names, failed, shown, taken = class_names(model), False, [], set()
+    drawn_names = fonts.legible(names, load_texts(options.language)["class"])
     with explaining_failed_writes(options.output):
         options.output.mkdir(parents=True, exist_ok=True)
         for paths, images, some_failed in image_batches(options.images, model):
@@ -25,8 +27,9 @@ def run(options):
             for path, image, row in zip(paths, images, probabilities):
                 title = f"{names[row.argmax()]} {row.max():.0%}"
                 picture = _free_name(options.output, path, taken)
+                drawn = f"{drawn_names[row.argmax()]} {row.max():.0%}"
                 figures.draw_attention_rollout(
-                    model, image[None], [title], picture, language=options.language
+                    model, image[None], [drawn], picture, language=options.language
                 )
                 print(f"{path}: {title}, {picture}")
                 if len(shown) < MAX_IMAGES:
