@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_vit.export import FORMATS, compare, runner, served, write
+from keras_vit.export import FORMATS, add_metadata, compare, metadata, runner, served, write
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
@@ -32,6 +32,7 @@ def run(options):
         with explaining_failed_writes(options.output):
             options.output.parent.mkdir(parents=True, exist_ok=True)
             write(served(model), options.output, options.format)
+            add_metadata(options.output, options.format, metadata(model))
         difference = compare(model, runner(options.output, options.format), images)
     print(
         f"{options.output}, {options.format}: largest difference of a probability on {source}: "
