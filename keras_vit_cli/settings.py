@@ -146,7 +146,7 @@ def parse(arguments=None, prog="train.py"):
     if named.get("config") == "":
         raise CommandError("--config must not be empty")
     if "config" in named:
-        from_file = read_config(os.path.expanduser(named.pop("config")))
+        from_file = read_config(os.path.expanduser(str(named.pop("config"))))
         if "recipe" in named:  # The settings of the file's own recipe give way to it.
             from_file = {x.name: from_file[x.name] for x in RUN_OPTIONS if x.name in from_file}
         if named.get("schedule", "cosine") != "cosine":

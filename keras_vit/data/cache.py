@@ -44,16 +44,16 @@ def _cache():
 def _place():
     """The cache directory: in `XDG_CACHE_HOME`, else the home folder, else that of temporary files.
 
-    A container may have a home folder that cannot be written to, or none.
+    A container may have no home folder, or none that can be written to.
     """
     if chosen := os.environ.get("XDG_CACHE_HOME"):
         return pathlib.Path(os.path.expanduser(chosen)) / "keras_vit"
     home = pathlib.Path(os.path.expanduser("~"))
-    place = home / ".cache" / "keras_vit"
-    nearest = next((x for x in (place, *place.parents) if x.exists()), home)
-    # Of "~", no home folder is known. What was decoded before can be read without writing.
-    if home.is_absolute() and (place.exists() or os.access(nearest, os.W_OK)):
-        return place
+    with contextlib.suppress(OSError):
+        if home.is_absolute():  # Of "~", no home folder is known.
+            place = home / ".cache" / "keras_vit"
+            place.mkdir(parents=True, exist_ok=True)
+            return place
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     return pathlib.Path(tempfile.gettempdir()) / f"keras_vit-{user}"
 

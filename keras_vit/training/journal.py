@@ -159,8 +159,8 @@ class Journal(keras.callbacks.Callback):
         if self.stopped_early:
             best = self._best_epoch()
             print(
-                f"Stopped early: no better val_accuracy in the {self.epoch - best} epochs after "
-                f"epoch {best}, whose model is {BEST_MODEL}.",
+                f"Stopped early after epoch {self.epoch}: val_accuracy was best in epoch {best}, "
+                f"whose model is {BEST_MODEL}.",
                 flush=True,
             )
             self.model.stop_training = True
