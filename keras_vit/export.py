@@ -1,13 +1,18 @@
 """Exporting trained models to other runtimes, and comparing their outputs with those of Keras."""
 
+import json
 import math
 import typing
+import zipfile
 
 import keras
 import numpy as np
 
 from keras_vit.layers import gelu
 from keras_vit.prediction import predict
+
+# Name of the output of an exported model, and of the file with its metadata.
+OUTPUT, METADATA = "probabilities", "metadata.json"
 
 
 class Format(typing.NamedTuple):
@@ -71,7 +76,7 @@ def _gelu_by_erf(x):
 
 
 def write(model, path, format):
-    """Exports a model with `keras.Model.export`.
+    """Exports a model with `keras.Model.export`, from `images` to `probabilities`.
 
     Args:
         model: a model from `served`.
@@ -81,9 +86,72 @@ def write(model, path, format):
     shape = (None, *model.input_shape[1:])
     signature = [keras.layers.InputSpec(shape=shape, dtype="float32", name="images")]
     settings = {} if format == "litert" else {"verbose": False}
-    model.export(
+    keras.Model(model.input, {OUTPUT: model.output}).export(
         str(path), format=FORMATS[format].keras_name, input_signature=signature, **settings
     )
+
+
+def metadata(model):
+    """What the users of an exported model must know, as a dictionary for JSON.
+
+    Args:
+        model: the trained `VisionTransformer`.
+    """
+    height, width, channels = model.input_shape[1:]
+    normalization = model.get_layer("normalization")
+    mean, variance = (
+        [float(x) for x in keras.ops.convert_to_numpy(values).ravel()]
+        for values in (normalization.mean, normalization.variance)
+    )
+    return {
+        "class_names": model.class_names and list(model.class_names),
+        "input": {
+            "name": "images",
+            "layout": "batch, height, width, channels",
+            "height": height,
+            "width": width,
+            "channels": channels,
+            "values": "float32 from 0 to 255",
+        },
+        "resizing": {
+            "aspect_ratio": getattr(model, "resize", "squash"),
+            "interpolation": "bilinear, antialiased",
+        },
+        "normalization": {
+            "place": "inside the model: do not normalize the images",
+            "mean": mean,
+            "standard_deviation": [math.sqrt(x) for x in variance],
+        },
+        "output": {"name": OUTPUT, "values": "one probability per class, in their order"},
+    }
+
+
+def add_metadata(path, format, content):
+    """Writes metadata into an exported model, where its runtime does not mind them.
+
+    They are in `metadata_props` of ONNX, in `assets.extra/metadata.json` of a SavedModel, and in a
+    ZIP archive at the end of a LiteRT file, as its associated files are (`unzip -p FILE`).
+
+    Args:
+        path: `Path` of the file or folder that `write` wrote.
+        format: string, one of `FORMATS`.
+        content: dictionary for JSON.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    if format == "onnx":
+        import onnx
+
+        exported = onnx.load(path)
+        onnx.helper.set_model_props(
+            exported, {name: json.dumps(x, ensure_ascii=False) for name, x in content.items()}
+        )
+        onnx.save(exported, path)
+    elif format == "saved_model":
+        (path / "assets.extra").mkdir(exist_ok=True)
+        (path / "assets.extra" / METADATA).write_text(text, encoding="utf-8")
+    else:
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(METADATA, text)
 
 
 def runner(path, format):
@@ -114,15 +182,14 @@ def _onnx(path):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (inputs,) = session.get_inputs()
-    return lambda images: session.run(None, {inputs.name: images})[0]
+    return lambda images: session.run([OUTPUT], {"images": images})[0]
 
 
 def _saved_model(path):
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))  # Keeps the variables of its functions alive.
-    return lambda images: loaded.serve(images).numpy()
+    return lambda images: loaded.serve(images)[OUTPUT].numpy()
 
 
 def _litert(path):

@@ -37,6 +37,8 @@ def load_model(path: str | os.PathLike[str]) -> keras.Model:
             Keras's own and registered ones.
     """
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder. Did you mean {path / 'model.keras'}?")
     if path.suffix != ".keras":  # Keras would read it as a legacy format.
         raise ModelError(f"{path} does not end in .keras, the suffix of Keras model files")
     check_archive(path)

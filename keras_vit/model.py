@@ -3,6 +3,7 @@
 import math
 import os
 import typing
+import warnings
 from collections.abc import Sequence
 
 import keras
@@ -301,9 +302,25 @@ class VisionTransformer(keras.Model):
     def make_train_function(self, force=False):
         """Builds Keras's train function, or a faster one on JAX; called by `fit`."""
         is_new = force or self.train_function is None
+        if is_new and not self._is_adapted():
+            warnings.warn(
+                "The model has not been adapted: images from 0 to 255 reach its first layers "
+                "without normalization. Call `model.adapt(train_images)` before `fit`.",
+                stacklevel=3,
+            )
         super().make_train_function(force)
         if is_new and can_scan(self):
             self.train_function = scanned_train_function(self)
+
+    def _is_adapted(self):
+        """Whether pixels are normalized: by `adapt`, or by layers of `augmentation` to a few."""
+        normalization = self.get_layer("normalization")
+        mean, variance = map(ops.convert_to_numpy, (normalization.mean, normalization.variance))
+        if mean.any() or (variance != 1).any():
+            return True
+        preprocessing = keras.Model(self.input, normalization.input)
+        white = np.full((1, *self.input_shape[1:]), 255, "float32")
+        return bool(np.abs(ops.convert_to_numpy(preprocessing(white, training=False))).max() < 10)
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]

@@ -41,7 +41,7 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
         path = FOLDER / f"{name}.keras"
     elif path.suffix == ".safetensors":
         return read_timm(path)
-    elif path.suffix != ".keras":
+    elif path.suffix != ".keras" and not path.is_dir():
         raise ModelError(
             f"{name} is neither a .keras or .safetensors file nor a preset: the presets are "
             f"{', '.join(list_presets())}"

@@ -1,6 +1,7 @@
 """What ends a command, in one line."""
 
 import contextlib
+import re
 
 
 class CommandError(Exception):
@@ -11,16 +12,25 @@ class CommandError(Exception):
         self.status = status
 
 
+class Stopped(CommandError):
+    """The user stopped a command, which has saved its progress."""
+
+
 @contextlib.contextmanager
 def explaining_failed_writes(folder):
     """Turns an `OSError` into one line that names the file, or else the folder."""
     try:
         yield
-    except BrokenPipeError:  # Of stdout, which nobody reads any more.
-        raise
     except OSError as error:
-        raise CommandError(
-            f"{error.filename or folder} cannot be read or written: {error.strerror or error}. "
-            "What was saved before is still there",
-            status=1,
-        ) from error
+        raise CommandError(failed_write(error, folder), status=1) from error
+
+
+def failed_write(error, folder):
+    """What an `OSError` means, in one line that names the file, or else the folder."""
+    path = str(error.filename or folder)
+    path = re.sub(r"\.part-\d+-([^/\\]+)$", r"\1", path)  # Of an atomic write.
+    reason = error.strerror or str(error)
+    reason = reason[:1].lower() + reason[1:]
+    if isinstance(error, FileNotFoundError):
+        return f"Cannot read {path}: {reason}."
+    return f"Cannot write to {path}: {reason}. Existing files are unchanged."

@@ -23,12 +23,15 @@ def run(options):
     model = load_model(options.model)
     dataset, left_out = unseen_by(model, options)
     probabilities, measured = measure(model, dataset)
-    if options.output:
+    if not options.output:
+        show(measured, dataset)
+    else:
         with explaining_failed_writes(options.output):
             make_output(options.output)
             facts = {"dataset": dataset.name, "model": options.model.name, "left_out": left_out}
             write_json(RunDirectory(options.output).metrics, {**facts, **measured})
             write_predictions(RunDirectory(options.output).predictions, dataset, probabilities)
+            show(measured, dataset)
             figures.draw_all(model, dataset, probabilities, options.output)
             print(f"Metrics, predictions and pictures: {options.output}.")
     return 0
@@ -59,7 +62,7 @@ def write_predictions(path, dataset, probabilities):
 
 
 def measure(model, dataset, history=None):
-    """Measures a trained model on the test images and prints the result.
+    """Measures a trained model on the test images.
 
     Args:
         model: a `VisionTransformer`.
@@ -81,12 +84,17 @@ def measure(model, dataset, history=None):
         measured["flip_averaged_accuracy"] = metrics.flip_averaged_accuracy(
             model, dataset.test_images, labels, probabilities
         )
+    return probabilities, measured
+
+
+def show(measured, dataset):
+    """Prints what `measure` returned for a data set."""
     print(metrics.per_class_table(measured))
     print(
         f"Test accuracy {measured['accuracy']:.2%}, loss {measured['loss']:.4f}, calibration error "
-        f"{measured['calibration_error']:.2%} on {len(labels):,} images of {dataset.name}"
+        f"{measured['calibration_error']:.2%} on {len(dataset.test_labels):,} images of "
+        f"{dataset.name}"
     )
-    return probabilities, measured
 
 
 def unseen_by(model, options):

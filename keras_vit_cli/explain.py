@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 
 from keras_vit.files import make_output
-from keras_vit.reporting import figures, metrics, representations
+from keras_vit.reporting import figures, fonts, metrics, representations
 from keras_vit.reporting.explorer import MAX_IMAGES
+from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import class_names, image_batches, load_model
@@ -19,6 +20,7 @@ def run(options):
     model = load_model(options.model)
     names, failed, shown, taken = class_names(model), False, [], set()
     targets = [_index(names, target, options.model) for target in options.target]
+    drawn_names = fonts.legible(names, load_texts(options.language)["class"])
     with explaining_failed_writes(options.output):
         make_output(options.output)
         for paths, images, some_failed in image_batches(options.images, model):
@@ -28,16 +30,18 @@ def run(options):
             for path, image, row in zip(paths, images, probabilities):
                 title = f"{names[row.argmax()]} {row.max():.0%}"
                 picture = _free_name(options.output, path, "attention", taken)
+                drawn = f"{drawn_names[row.argmax()]} {row.max():.0%}"
                 figures.draw_attention_rollout(
-                    model, image[None], [title], picture, language=options.language
+                    model, image[None], [drawn], picture, language=options.language
                 )
                 print(f"{path}: {title}, {picture}")
                 if targets:
                     picture = _free_name(options.output, path, "classes", taken)
                     titles = [f"{names[target]} {row[target]:.0%}" for target in targets]
+                    drawn = [f"{drawn_names[target]} {row[target]:.0%}" for target in targets]
                     repeated = np.repeat(image[None], len(targets), axis=0)
                     representations.draw_class_maps(
-                        model, repeated, targets, titles, picture, language=options.language
+                        model, repeated, targets, drawn, picture, language=options.language
                     )
                     print(f"{path}: {', '.join(titles)}, {picture}")
                 if len(shown) < MAX_IMAGES:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_vit.export import FORMATS, compare, runner, served, write
+from keras_vit.export import FORMATS, add_metadata, compare, metadata, runner, served, write
 from keras_vit.files import make_output
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
@@ -34,6 +34,7 @@ def run(options):
             if not options.output.parent.exists():
                 make_output(options.output.parent)
             write(served(model), options.output, options.format)
+            add_metadata(options.output, options.format, metadata(model))
         difference = compare(model, runner(options.output, options.format), images)
     print(
         f"{options.output}, {options.format}: largest difference of a probability on {source}: "

@@ -26,7 +26,9 @@ BATCH_SIZE = 256
 
 
 def load_model(path):
-    """The `VisionTransformer` of a file."""
+    """The `VisionTransformer` of a preset, a file or a run directory."""
+    if (path / "model.keras").is_file():
+        path = path / "model.keras"
     try:
         model = load_preset(path)
     except loading.ModelError as error:
@@ -37,6 +39,11 @@ def load_model(path):
 def class_names(model):
     """The class names that a model carries; numbers where it has none."""
     return model.class_names or tuple(str(label) for label in range(model.output_shape[-1]))
+
+
+def enumerated(names, most=10):
+    """The first of some names, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def load_suitable(model, path, name, data_dir):
@@ -83,9 +90,10 @@ def check_suits(model, path, dataset):
     count, names = model.output_shape[-1], tuple(dataset.class_names)
     known = None if model.class_names is None else tuple(map(composed, model.class_names))
     if len(names) != count or known not in (None, tuple(map(composed, names))):
+        of = "the folder's" if dataset.manifest is not None else f"those of {dataset.name}"
         raise CommandError(
-            f"{path} was trained on the classes {', '.join(class_names(model))}, but "
-            f"{dataset.name} has {', '.join(names)}"
+            f"The model's classes ({enumerated(class_names(model))}) differ from {of} "
+            f"({enumerated(names)})."
         )
 
 
@@ -113,20 +121,21 @@ def image_batches(words, model):
                 images.append(read_for(model, path))
                 names.append(path)
             except ImageError as error:
-                print(f"error: {path} cannot be read: {error}", file=sys.stderr)
+                reason = "has no images" if os.path.isdir(path) else f"cannot be read: {error}"
+                print(f"error: {path} {reason}", file=sys.stderr)
         yield names, np.array(images), len(names) < len(paths)
 
 
 def _listed(words):
     """Names of files, one by one: those named, those in folders, those listed on stdin."""
     for word in words:
-        folder = os.path.expanduser(word)
+        path = os.path.expanduser(word)
         if word == "-":
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
-        elif os.path.isdir(folder):
-            yield from map(str, _files_in(pathlib.Path(folder)))
+            yield from _listed(filter(None, _lines_of_stdin()))
+        elif os.path.isdir(path):
+            yield from map(str, _files_in(pathlib.Path(path)) or [path])
         else:
-            yield word
+            yield path
 
 
 def _files_in(folder):
@@ -134,3 +143,12 @@ def _files_in(folder):
         return visible(folder)
     except OSError as error:
         raise CommandError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _lines_of_stdin():
+    """The lines of stdin without their ends; names of files are any bytes."""
+    lines = sys.stdin
+    if os.name != "nt" and hasattr(sys.stdin, "buffer"):
+        lines = map(os.fsdecode, sys.stdin.buffer)
+    for number, line in enumerate(lines):
+        yield (line if number else line.removeprefix("\ufeff")).rstrip("\r\n")

@@ -1,13 +1,13 @@
 """Command lines: which command runs, with which options, and how it ends."""
 
 import importlib
-import io
+import os
 import pathlib
 import sys
 
-from keras_vit_cli import backend, settings
+from keras_vit_cli import backend, settings, streams
 from keras_vit_cli.backend import BACKENDS
-from keras_vit_cli.errors import CommandError
+from keras_vit_cli.errors import CommandError, Stopped
 from keras_vit_cli.settings import LANGUAGES, Parser
 
 
@@ -20,6 +20,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         return train(arguments[1:], "keras-vit train", figures_dir=None)
+    streams.prepare(must_be_read=arguments[:1] == ["predict"])
     return _ended(_run, arguments)
 
 
@@ -31,6 +32,7 @@ def train(arguments=None, prog="train.py", figures_dir: str | None = "figures"):
         prog: string, what the user typed before them.
         figures_dir: string, default folder of the pictures; None for the run directory.
     """
+    streams.prepare()
     return _ended(_train, arguments, prog, figures_dir)
 
 
@@ -40,8 +42,6 @@ def _train(arguments, prog, figures_dir):
 
 
 def _run(arguments):
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # Names of files are any bytes.
     options = parse(arguments)
     return _command(options.command, options.backend)(options)
 
@@ -50,13 +50,19 @@ def _command(name, chosen):
     """The function `run` of a command's module, which imports Keras: its backend is settled."""
     backend.choose(chosen)
     with backend.quiet():
-        return importlib.import_module(f"keras_vit_cli.{name}").run
+        run = importlib.import_module(f"keras_vit_cli.{name}").run
+        # TensorFlow and JAX look for GPUs when they are first asked, and say so.
+        importlib.import_module("keras_vit.devices").accelerators()
+        return run
 
 
 def _ended(function, *arguments):
     """Calls a function; returns the exit status, whatever ends it."""
     try:
         return function(*arguments)
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return stop.status
     except CommandError as failure:
         print("error:", " ".join(str(failure).split()), file=sys.stderr)
         return failure.status
@@ -91,30 +97,32 @@ def parse(arguments):
     features = add("features", "write what a model's head reads of images, one row each")
     export = add("export", "write a model for another runtime, and compare it there")
     report = add("report", "write the report of a run again")
+    cache = add("cache", "show how large the cache of decoded images is, or clear it")
 
     for command in (evaluate, predict, explain, features, export):
         command.add_argument(
-            "model", metavar="MODEL", type=pathlib.Path, help="a .keras file or a preset"
+            "model", metavar="MODEL", type=_path, help="a .keras file, a run directory or a preset"
         )
     for command in (predict, explain, features):
         command.add_argument(
             "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
         )
-    report.add_argument("run", metavar="RUN", type=pathlib.Path, help="run directory")
+    report.add_argument("run", metavar="RUN", type=_path, help="run directory")
     for command in (evaluate, predict, explain, features, report):
         command.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
     # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
     export.set_defaults(backend="tensorflow")
 
+    name = {"metavar": "NAME", "type": os.path.expanduser}
     evaluate.add_argument(
-        "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
+        "--dataset", **name, required=True, help="as for train: a folder, file or name"
     )
-    export.add_argument("--dataset", metavar="NAME", help="test images to compare on, else noise")
-    report.add_argument("--dataset", metavar="NAME", help="where the run's data set lies now")
+    export.add_argument("--dataset", **name, help="test images to compare on, else noise")
+    report.add_argument("--dataset", **name, help="where the run's data set lies now")
     for command in (evaluate, export, report):
-        command.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
+        command.add_argument("--data-dir", **name, help="folder of TensorFlow Datasets")
 
-    output = {"metavar": "PATH", "type": pathlib.Path}
+    output = {"metavar": "PATH", "type": _path}
     evaluate.add_argument("-o", "--output", **output, help="folder for metrics and pictures")
     explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
     features.add_argument("-o", "--output", **output, required=True, help="an .npz file to write")
@@ -122,7 +130,10 @@ def parse(arguments):
 
     output_format = predict.add_mutually_exclusive_group()
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
-    output_format.add_argument("--csv", action="store_true", help="one line per image and class")
+    output_format.add_argument("--csv", action="store_true", help="one line per image")
+    predict.add_argument(
+        "--top", metavar="N", type=int, default=5, help="classes of an image (default: 5)"
+    )
     explain.add_argument(
         "--target",
         metavar="CLASS",
@@ -138,4 +149,13 @@ def parse(arguments):
         "--format", metavar="NAME", required=True, help="onnx, saved_model or litert"
     )
     report.add_argument("--language", choices=LANGUAGES, help="its language (default: the run's)")
-    return parser.parse_args(arguments)
+    cache.add_argument("--clear", action="store_true", help="remove all decoded images")
+    cache.set_defaults(backend=None)
+    options = parser.parse_args(arguments)
+    if options.command == "predict" and options.top < 1:
+        raise CommandError(f"--top must be at least 1, but is {options.top}")
+    return options
+
+
+def _path(text):
+    return pathlib.Path(os.path.expanduser(text))

@@ -110,6 +110,19 @@ class Recipe:
     label_smoothing: float = option(
         0.0, "probability taken from the label and spread over all classes", low=0, below=1
     )
+    class_weights: str | None = option(
+        None, "make every class count the same in the loss, or not", choices=("balanced",)
+    )
+    early_stopping: int | None = option(
+        None, "stop after so many epochs without a better validation accuracy", low=1
+    )
+
+    @property
+    def usual_epochs(self):
+        """What `--help` says of the number of epochs."""
+        if self.images_seen:
+            return f"as many as take {self.images_seen:,} images"
+        return f"{self.epochs}" + (f"; {self.cpu_epochs} without a GPU" if self.cpu_epochs else "")
 
     def epochs_for(self, images, has_gpu):
         """How many epochs suit a number of training images and a device, and why, if not `epochs`.

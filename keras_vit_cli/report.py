@@ -65,12 +65,7 @@ def draw(model, dataset, recipe, probabilities, history, folder, language):
     milestone_epochs = []
     if recipe.schedule == "milestones":
         _, milestone_epochs = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-    try:
-        figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
-    except OSError as error:
-        raise CommandError(
-            f"the pictures cannot be written to {folder}: {error.strerror}", 1
-        ) from error
+    figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
 
 
 def write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language):

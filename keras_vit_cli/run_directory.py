@@ -29,7 +29,7 @@ from keras_vit.training import (
     DifferentVariables,
 )
 from keras_vit.training.checkpoints import newest
-from keras_vit_cli.errors import CommandError
+from keras_vit_cli.errors import CommandError, failed_write
 from keras_vit_cli.settings import current_names
 
 # Settings that may change when a run resumes.
@@ -239,4 +239,5 @@ def check_writable(folder, flag):
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        raise CommandError(f"{flag} {folder} cannot be written to: {error.strerror}") from error
+        error.filename = None  # Of a temporary file.
+        raise CommandError(f"{failed_write(error, folder)} Choose another {flag}.") from error

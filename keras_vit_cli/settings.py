@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import sys
 import textwrap
@@ -112,6 +113,8 @@ FIRST_OPTIONS = {
     *("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "milestones", "warmup"),
     *("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "dropout", "augmentation"),
 }
+# A path may begin with `~`, which shells leave in `--output=~/x`.
+PATHS = ("dataset", "data_dir", "output", "figures_dir")
 OPTIONS = {field.name: field for field in (*RUN_OPTIONS, *RECIPE_OPTIONS)}
 
 
@@ -135,10 +138,11 @@ def parse(arguments=None, prog="train.py"):
     Raises:
         CommandError: if a value is not allowed, or values do not go together.
     """
+    default = _recipe_of_help(arguments)
     parser = Parser(
         prog=prog,
         description="Trains a Vision Transformer on small images and shows what it learned.",
-        epilog="recipes:\n" + "\n".join(_described(name) for name in RECIPES),
+        epilog="recipes:\n" + "\n".join(_described(name, name == default) for name in RECIPES),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -152,10 +156,15 @@ def parse(arguments=None, prog="train.py"):
             dest="precision",
             help=f"the same as --precision {precision}",
         )
-    for title, fields in (("run", RUN_OPTIONS), ("recipe", RECIPE_OPTIONS)):
-        group = parser.add_argument_group(title)
+    groups = {"run": (RUN_OPTIONS, Settings()), "recipe": (RECIPE_OPTIONS, RECIPES[default])}
+    for title, (fields, defaults) in groups.items():
+        about = None
+        if title == "recipe":
+            about = f"defaults of the recipe {default}; --recipe NAME --help shows those of another"
+        group = parser.add_argument_group(title, about)
         for field in fields:
-            _add_option(group, field)
+            value = getattr(defaults, field.name)
+            _add_option(group, field, defaults.usual_epochs if field.name == "epochs" else value)
 
     named = vars(parser.parse_args(arguments))
     named = {name: tuple(x) if isinstance(x, list) else x for name, x in named.items()}
@@ -163,7 +172,7 @@ def parse(arguments=None, prog="train.py"):
         raise CommandError("--config must not be empty")
     from_file = {}
     if "config" in named:
-        from_file = read_config(named.pop("config"))
+        from_file = read_config(os.path.expanduser(str(named.pop("config"))))
         if "recipe" in named:  # The settings of the file's own recipe give way to it.
             from_file = {x.name: from_file[x.name] for x in RUN_OPTIONS if x.name in from_file}
         if named.get("schedule", "cosine") != "cosine":
@@ -203,6 +212,17 @@ def settings_to_extend(run, epochs):
     }
 
 
+def _recipe_of_help(arguments):
+    """The recipe whose defaults `--help` shows: the one that this command line trains."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--recipe", "--dataset"):
+        parser.add_argument(name, nargs="?")
+    chosen = parser.parse_known_args(arguments)[0]
+    if chosen.recipe in RECIPES:
+        return chosen.recipe
+    return DEFAULT_RECIPES.get(chosen.dataset, DEFAULT_RECIPE)
+
+
 def resolve(named):
     """Completes the settings that the user gave with defaults.
 
@@ -217,6 +237,7 @@ def resolve(named):
     """
     for name, value in named.items():
         _check(OPTIONS[name], value)
+    named = {x: os.path.expanduser(y) if y and x in PATHS else y for x, y in named.items()}
     default = DEFAULT_RECIPES.get(named.get("dataset", Settings.dataset), DEFAULT_RECIPE)
     if named.get("init_from"):
         default = FINETUNE
@@ -313,25 +334,27 @@ def _plain(value):
     return json.loads(json.dumps(value))
 
 
-def _described(name):
+def _described(name, applies):
     """A recipe in the lines that `--help` shows of it."""
-    text = f"{name}: {RECIPES[name].description} {RECIPES[name].result}"
+    note = " (applies here)" if applies else ""
+    text = f"{name}{note}: {RECIPES[name].description} {RECIPES[name].result}"
     return textwrap.fill(text, 78, initial_indent="  ", subsequent_indent="    ")
 
 
-def _add_option(group, field):
-    """Adds a dataclass field to the command line."""
+def _add_option(group, field, default):
+    """Adds a dataclass field to the command line, with the default that its help names."""
     kind = _kind(field)
-    default = field.default
     note = ""
-    if default is not None and kind is not bool:
+    if default is not None:
         shown = _shown(default) if kind is tuple else default
+        if kind is bool:
+            shown = "yes" if default else "no"
         note = f" (default: {shown})"
     options = {"help": field.metadata["help"] + note}
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif kind is tuple:
-        options |= {"type": float, "nargs": "+" if default else "*", "metavar": "X"}
+        options |= {"type": float, "nargs": "+" if field.default else "*", "metavar": "X"}
     else:
         choices = field.metadata["choices"]
         options |= {"type": kind, "choices": choices}

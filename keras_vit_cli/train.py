@@ -6,6 +6,7 @@ import pathlib
 import time
 
 import keras
+import numpy as np
 
 from keras_vit import devices, training
 from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
@@ -16,8 +17,8 @@ from keras_vit.loading import ModelError
 from keras_vit.presets import load_preset
 from keras_vit.training.journal import duration
 from keras_vit_cli import backend
-from keras_vit_cli.errors import CommandError, explaining_failed_writes
-from keras_vit_cli.evaluate import measure
+from keras_vit_cli.errors import CommandError, Stopped, explaining_failed_writes
+from keras_vit_cli.evaluate import measure, show
 from keras_vit_cli.report import MOVED_DATA, draw, write_page
 from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
 from keras_vit_cli.settings import check_patches, resolve
@@ -26,6 +27,8 @@ from keras_vit_cli.settings import check_patches, resolve
 EFFICIENCY = 0.6
 # What a pretrained model decides.
 ARCHITECTURE = ("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "pooling")
+# From this ratio of the largest class to the smallest on, class weights are suggested.
+IMBALANCED = 5
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -54,10 +57,16 @@ def run(settings, figures_dir=None):
     run_dir.check(settings.overwrite)
     check_patches(settings.training.patch_size, dataset.image_shape[:2])
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
+    check_validation(settings.validation, dataset)
     try:
         dataset, validation = dataset.for_training(
             settings.validation, settings.limit_train, settings.seed
         )
+        if settings.training.early_stopping and validation is None:
+            raise CommandError(
+                f"--early-stopping {settings.training.early_stopping} needs images to validate "
+                "on: add --validation N"
+            )
         settings = with_epochs(settings, len(dataset.train_images))
         keras.utils.set_random_seed(settings.seed)
         policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
@@ -71,7 +80,7 @@ def run(settings, figures_dir=None):
         run_dir.prepared(settings, keras.backend.backend(), dataset),
     ):
         make_output(figures)
-        announce(settings, dataset, run_dir)
+        announce(settings, dataset, validation, run_dir)
         before = time.perf_counter()
         with explaining_failures(settings), ending_the_progress_bar():
             history = training.fit(
@@ -97,8 +106,9 @@ def run(settings, figures_dir=None):
             "training_data": digest(dataset),
             "wall_seconds": round(time.perf_counter() - start, 1),
         }
-        # Before the pictures, whose failure must not cost the metrics.
+        # Before anything is printed or drawn, whose failure must not cost the metrics.
         write_json(run_dir.metrics, metrics)
+        show(metrics, dataset)
         config, language = settings.to_json(), settings.language
         draw(model, dataset, settings.training, probabilities, history, figures, language)
         write_page(run_dir, model, dataset, config, metrics, probabilities, figures, language)
@@ -189,6 +199,18 @@ def with_architecture_of(settings, model):
     return dataclasses.replace(settings, training=recipe)
 
 
+def check_validation(count, dataset):
+    """Raises a `CommandError` unless both sides of a held-out split can have all classes."""
+    total, classes = len(dataset.train_labels), len(dataset.class_names)
+    if count > total - classes:
+        raise CommandError(
+            f"--validation {count} is more than the {total:,} training images allow (at most "
+            f"{total - classes:,})."
+        )
+    if 0 < count < classes:
+        raise CommandError(f"--validation {count} is fewer than the {classes} classes.")
+
+
 def with_epochs(settings, images):
     """The settings with the number of epochs for these images and this device, unless given."""
     if "epochs" in settings.named:
@@ -200,10 +222,14 @@ def with_epochs(settings, images):
     return dataclasses.replace(settings, training=recipe)
 
 
-def announce(settings, dataset, run_dir):
+def announce(settings, dataset, validation, run_dir):
     """Prints what is trained where and, on a processor, about how long that takes."""
     images = len(dataset.train_images)
     print(f"Training on {images:,} images of {dataset.name}, into {run_dir}")
+    held_out = "" if validation is None else f", {len(validation[1]):,} for validation"
+    print(f"{len(dataset.test_labels):,} images set aside for testing{held_out}.")
+    if settings.training.class_weights is None:
+        announce_imbalance(dataset)
     if devices.accelerators() or run_dir.has_checkpoint:
         return
     recipe = settings.training
@@ -213,6 +239,19 @@ def announce(settings, dataset, run_dir):
     if "recipe" not in settings.named and seconds > 15 * 60:
         shorter = "; `--recipe quick` takes a fraction of that"
     print(f"This will take about {duration(seconds)}{shorter}.", flush=True)
+
+
+def announce_imbalance(dataset):
+    """Prints a line if a class has several times the training images of another."""
+    counts = np.bincount(dataset.train_labels, minlength=len(dataset.class_names))
+    (fewest, small), (most, large) = (
+        (int(counts[i]), dataset.class_names[i]) for i in (counts.argmin(), counts.argmax())
+    )
+    if most >= IMBALANCED * fewest:
+        print(
+            f"Class {large} has {most:,} training images, {small} {fewest:,}: "
+            "--class-weights balanced makes them count the same."
+        )
 
 
 @contextlib.contextmanager
@@ -233,8 +272,7 @@ def ending_the_progress_bar():
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # Nobody may read any more.
-            print(flush=True)
+        print(flush=True)
         raise
 
 
@@ -247,8 +285,8 @@ def explained(error, settings):
             f"{error}: choose another folder with --output, or start over with --overwrite"
         )
     if isinstance(error, training.Interrupted):
-        same = "The same command" + (" without --overwrite" if settings.overwrite else "")
-        return CommandError(f"{error}: interrupted and saved. {same} resumes the run", error.status)
+        same = "the same command" + (" without --overwrite" if settings.overwrite else "")
+        return Stopped(f"{error} Run {same} to continue.", error.status)
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -549,3 +550,22 @@ np.save({str(tmp_path / "logits.npy")!r}, logits)
 def test_images_of_another_shape_are_refused(model):
     with pytest.raises(ValueError):
         model(np.zeros((2, 12, 8, 3), "float32"))
+
+
+def test_training_on_raw_pixels_without_adapt_warns_once():
+    sizes = {"embed_dim": 8, "mlp_dim": 8, "num_heads": 2, "depth": 1}
+
+    def warned(model):
+        model.compile("sgd", "mse")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.make_train_function()
+            model.make_train_function()
+        return [str(x.message) for x in caught if "adapted" in str(x.message)]
+
+    assert len(warned(keras_vit.VisionTransformer((8, 8, 3), **sizes))) == 1
+    adapted = keras_vit.VisionTransformer((8, 8, 3), **sizes)
+    adapted.adapt(np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)))
+    rescaled = [keras.layers.Rescaling(1 / 255)]
+    assert not warned(adapted)
+    assert not warned(keras_vit.VisionTransformer((8, 8, 3), augmentation=rescaled, **sizes))

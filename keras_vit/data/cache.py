@@ -1,7 +1,8 @@
 """The cache of decoded image folders, in the user's cache directory.
 
 All images are decoded once, on all cores, into one file; an array of more than 2 GiB is
-memory-mapped. Arrays that were not used for the longest time are removed.
+memory-mapped. When images of a folder change, the new array takes the place of the old one. Arrays
+that were not used for the longest time are removed.
 """
 
 import concurrent.futures
@@ -11,12 +12,13 @@ import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
 
 import numpy as np
 
 from keras_vit.data.images import SMALL_PART, ImageError, common_size, read_and_measure
-from keras_vit.files import PARTS, atomic_write, write_json
+from keras_vit.files import PARTS, atomic_write, is_terminal, write_json
 
 # Larger arrays are memory-mapped.
 IN_MEMORY = 2 * 2**30
@@ -31,7 +33,7 @@ ABANDONED = 24 * 3600
 @contextlib.contextmanager
 def _cache():
     """Yields the cache directory of decoded images."""
-    place = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "keras_vit"
+    place = _place()
     try:
         place.mkdir(parents=True, exist_ok=True)
         yield place
@@ -40,6 +42,23 @@ def _cache():
             f"{place} cannot be read or written ({error.strerror or error}): set the environment "
             "variable XDG_CACHE_HOME to use another folder"
         ) from error
+
+
+def _place():
+    """The cache directory: in `XDG_CACHE_HOME`, else the home folder, else that of temporary files.
+
+    A container may have no home folder, or none that can be written to.
+    """
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return pathlib.Path(os.path.expanduser(chosen)) / "keras_vit"
+    home = pathlib.Path(os.path.expanduser("~"))
+    with contextlib.suppress(OSError):
+        if home.is_absolute():  # Of "~", no home folder is known.
+            place = home / ".cache" / "keras_vit"
+            place.mkdir(parents=True, exist_ok=True)
+            return place
+    user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
+    return pathlib.Path(tempfile.gettempdir()) / f"keras_vit-{user}"
 
 
 def digests(folder, paths):
@@ -83,8 +102,10 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     content = json.dumps([VERSION, size or multiple_of, resize, listed])
     paths = [folder / file.path for file in files]
     with _cache() as place:
-        key = _digest_of_text(content)
-        array, errors = place / f"{key}.npy", place / f"{key}.json"
+        key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size))
+        # A folder that was moved or copied finds its images under their content.
+        array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
+        errors = array.with_suffix(".json")
         if not (array.exists() and errors.exists()):
             for part in place.glob(PARTS):
                 if time.time() - part.stat().st_mtime > ABANDONED:
@@ -95,6 +116,9 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
+            for old in place.glob(f"*-{owner}.npy"):
+                if old != array:
+                    _remove(old)
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
         images = np.load(array, mmap_mode="r")
         _remove_oldest(place, array)
@@ -112,8 +136,29 @@ def _remove_oldest(place, current):
         for path in arrays:
             total += path.stat().st_size
             if total > MOST_CACHED and path != current:
-                path.unlink()
-                path.with_suffix(".json").unlink()
+                _remove(path)
+
+
+def _remove(array):
+    """Removes an array of decoded images, and the errors beside it."""
+    with contextlib.suppress(OSError):  # Another process may be faster, or have it open on Windows.
+        array.unlink()
+        array.with_suffix(".json").unlink()
+
+
+def usage():
+    """The cache directory, the number of arrays of decoded images, and their size in bytes."""
+    with _cache() as place:
+        arrays = list(place.glob("*.npy"))
+        return place, len(arrays), sum(path.stat().st_size for path in arrays)
+
+
+def clear():
+    """Removes all decoded images and digests from the cache directory."""
+    with _cache() as place:
+        for pattern in ("*.npy", "*.json", PARTS):
+            for path in place.glob(pattern):
+                path.unlink(missing_ok=True)
 
 
 def _decode(files, size, resize, part, place):
@@ -126,7 +171,7 @@ def _decode(files, size, resize, part, place):
         # Otherwise a full disk would kill the process when it writes to the memory map.
         with open(part, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    bar = keras.utils.Progbar(len(files), unit_name="image")
+    bar = keras.utils.Progbar(len(files), verbose=int(is_terminal()), unit_name="image")
     print(f"Decoding {len(files):,} images to {size[0]}x{size[1]} pixels, once, into {place}")
 
     def read(path):

@@ -1,7 +1,6 @@
 """Image classification data sets of TensorFlow Datasets."""
 
 import dataclasses
-import typing
 
 import numpy as np
 
@@ -32,18 +31,17 @@ def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1,
     size = _new_size(image_feature.shape, image_size, multiple_of)
     if test_only and names == [str(label) for label in range(len(names))]:
         names = []
-    facts: dict[str, typing.Any] = {"class_names": names, "horizontal_flip": mirror}
-    facts["resize"] = resize
     tests = (_read_split(builder, split, size, resize) for split in ("test", "validation"))
     test = next((pair for pair in tests if pair is not None), None)
-    if test_only and test is not None:
-        return Dataset(source, *test, *test, **facts)
-    train = _read_split(builder, "train", size, resize)
+    train = test
+    if not test_only or test is None:
+        train = _read_split(builder, "train", size, resize)
     if train is None:
         raise DatasetError(f"{source} has no labelled split named 'train'")
-    if test is not None:
-        return Dataset(source, *train, *test, **facts)
-    dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+    if test is None:
+        dataset = split_off_test(source, *train, class_names=names, horizontal_flip=mirror)
+    else:
+        dataset = Dataset(source, *train, *test, class_names=names, horizontal_flip=mirror)
     return dataclasses.replace(dataset, resize=resize)
 
 

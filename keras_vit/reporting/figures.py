@@ -1,7 +1,9 @@
 """Pictures of each stage of a run, enlarged without blur and legible without colour."""
 
+import importlib.util
 import pathlib
 import shutil
+import subprocess
 import sys
 import textwrap
 import typing
@@ -16,12 +18,13 @@ from keras_vit.attention import attention_rollout, attention_scores, patch_weigh
 from keras_vit.files import atomic_write
 from keras_vit.layers import Patches
 from keras_vit.model import augmented_for_display
+from keras_vit.reporting import fonts
 from keras_vit.reporting.texts import describe_prediction, load_texts, localize
 
 # Okabe and Ito's palette, which is safe for colour-blind readers.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
 STYLE: dict[typing.Any, typing.Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": fonts.FAMILY,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -52,11 +55,22 @@ def draw_all(
         language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
     class_names, labels, images = dataset.class_names, dataset.test_labels, dataset.test_images
+    drawn_names = fonts.legible(class_names, load_texts(language)["class"])
+    numbered = [f"{new}: {old}" for old, new in zip(class_names, drawn_names) if new != old]
+    if numbered:
+        print(
+            f"WARNING: no font has the letters of {len(numbered)} class names, which the pictures "
+            f"number ({', '.join(numbered[:5])}{', ...' if len(numbered) > 5 else ''}). Install "
+            "one, such as Noto Sans CJK",
+            file=sys.stderr,
+        )
+    class_names = drawn_names
     patch_size = model.get_layer("patches").patch_size
     examples = _one_per_class(labels, len(class_names), 6)
     common = {"source": dataset.name, "language": language}
     path = folder / "augmentation.png"
-    draw_augmentation(model.augmentation, dataset.train_images, path, **common)
+    trained = _one_per_class(dataset.train_labels, len(class_names), 5)
+    draw_augmentation(model.augmentation, dataset.train_images[trained], path, **common)
     (image,) = augmented_for_display(model.augmentation, images[examples[:1]])
     draw_patches(image, patch_size, folder / "patches.png", **common)
     draw_model(model, folder / "model.png")
@@ -160,28 +174,36 @@ def draw_patches(image, patch_size, path, source=None, language="en"):
 def draw_model(model, path):
     """The computation graph with its blocks collapsed, and the first block expanded beside it.
 
-    `keras.utils.plot_model` draws it if Graphviz's `dot` is installed, else pygraphviz, whose
-    wheels include Graphviz. If neither works, a warning is printed instead. Layer names are the
-    same in every language.
+    Graphviz's `dot` draws it if it is installed, else pygraphviz, whose wheels include Graphviz.
+    If neither works, a warning is printed instead. Layer names are the same in every language.
 
     Args:
         model: a `VisionTransformer`.
         path: `Path` of the picture.
     """
     try:
-        drawing = _folded(model)
         look = {"show_shapes": True, "show_layer_names": True, "dpi": 110}
+        graph = keras.utils.model_to_dot(_folded(model), **look).to_string()
         with atomic_write(pathlib.Path(path)) as part:
-            if shutil.which("dot"):
-                keras.utils.plot_model(drawing, part, **look)
-            else:
-                import pygraphviz
-
-                dot = keras.utils.model_to_dot(drawing, **look)
-                pygraphviz.AGraph(dot.to_string()).draw(str(part), prog="dot")
+            _run_graphviz(graph, part)
     except Exception as error:
         pathlib.Path(path).unlink(missing_ok=True)  # One of another model.
         print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
+
+
+def _run_graphviz(graph, path):
+    """Draws a graph in the DOT language, in a process whose remarks on fonts are not shown."""
+    if dot := shutil.which("dot"):
+        command = [dot, "-Tpng", "-o", str(path)]
+    elif importlib.util.find_spec("pygraphviz"):
+        source = "import pygraphviz, sys; g = pygraphviz.AGraph(sys.stdin.buffer.read().decode())"
+        command = [sys.executable, "-c", f"{source}; g.draw(sys.argv[1], prog='dot')", str(path)]
+    else:
+        raise RuntimeError("it needs Graphviz, or `pip install pygraphviz`")
+    result = subprocess.run(command, input=graph.encode(), capture_output=True)
+    if result.returncode:
+        lines = result.stderr.decode(errors="replace").strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"Graphviz ended with {result.returncode}")
 
 
 def draw_history(history, milestone_epochs, path, source=None, language="en"):
@@ -241,6 +263,9 @@ def draw_predictions(
 ):
     """Correctly and wrongly classified test images, with their three most likely classes.
 
+    The correct ones are drawn at random. The wrong ones are of the most frequent confusions of one
+    class with another, and of each confusion those that the model is surest of.
+
     Args:
         images: array `(N, H, W, C)`.
         labels: integer array `(N,)`, the true classes.
@@ -252,6 +277,7 @@ def draw_predictions(
         language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
     texts = load_texts(language)["figures"]["predictions"]
+    class_names = fonts.legible(class_names, load_texts(language)["class"])
     predicted = probabilities.argmax(axis=1)
     random = np.random.default_rng(SEED)
     groups = {
@@ -262,7 +288,10 @@ def draw_predictions(
         figure = plt.figure(figsize=(2 * columns, 13))
         parts = figure.subfigures(2, 1, hspace=0.02, squeeze=False).ravel()
         for part, (group, (indices, colour, line)) in zip(parts, groups.items()):
-            chosen = random.permutation(indices)[: 2 * columns]
+            if group == "correct":
+                chosen = random.permutation(indices)[: 2 * columns]
+            else:
+                chosen = _worst_confusions(labels, probabilities, 2 * columns)
             title = texts[group].format(
                 count=localize(f"{len(indices):,}", language),
                 total=localize(f"{len(labels):,}", language),
@@ -302,6 +331,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
     from sklearn.metrics import ConfusionMatrixDisplay
 
     texts = load_texts(language)["figures"]["confusion_matrix"]
+    class_names = fonts.legible(class_names, load_texts(language)["class"])
     count = len(class_names)
     legible = count <= 20
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
@@ -410,10 +440,28 @@ def _folded(model):
 
 
 def _one_per_class(labels, classes, count):
-    """Indices of up to `count` images, each of a different class if there are enough classes."""
-    firsts = [np.flatnonzero(labels == number)[:1] for number in range(classes)]
-    chosen = np.concatenate(firsts)[:count]
-    return chosen if len(chosen) == count else np.arange(min(count, len(labels)))
+    """Indices of up to `count` images: the first ones of each class, then the second ones, ..."""
+    rank = np.zeros(len(labels), int)
+    for number in range(classes):
+        rank[labels == number] = np.arange(np.count_nonzero(labels == number))
+    return np.lexsort((labels, rank))[:count]
+
+
+def _worst_confusions(labels, probabilities, count):
+    """Indices of up to `count` wrong predictions, the most frequent confusions first.
+
+    A confusion is a pair of a true and a predicted class. As many confusions as possible are
+    shown, each with those images that the model is surest of.
+    """
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    groups = {}
+    for index in sorted(np.flatnonzero(predicted != labels), key=lambda i: -confidence[i]):
+        groups.setdefault((labels[index], predicted[index]), []).append(index)
+    groups = sorted(groups.values(), key=len, reverse=True)
+    # The first of each confusion, then the second, ...; then by confusion again.
+    places = sorted((rank, place) for place, x in enumerate(groups) for rank in range(len(x)))
+    chosen = sorted((place, rank) for rank, place in places[:count])
+    return np.array([groups[place][rank] for place, rank in chosen], int)
 
 
 def _draw_top_classes(axis, label, probabilities, class_names, mark):
@@ -487,6 +535,7 @@ def _frame(axis, colour, line):
 def _save(figure, path, source):
     if source is not None:
         figure.suptitle(source, x=0.995, ha="right", fontsize=9, color=GREY)
+    fonts.fit(figure)
     with atomic_write(pathlib.Path(path)) as part:
         figure.savefig(part)
     plt.close(figure)

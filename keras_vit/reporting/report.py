@@ -218,7 +218,7 @@ def _facts(config, metrics, model, dataset, language):
     height, width, channels = dataset.image_shape
     patches = model.get_layer("patches")
     _, milestone_epochs = step_schedule(
-        config["learning_rate"], metrics["epochs"], config["milestones"]
+        config["learning_rate"], config["epochs"], config["milestones"]
     )
     normalization = model.get_layer("normalization")
     return {

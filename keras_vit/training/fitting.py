@@ -6,6 +6,7 @@ import numpy as np
 from keras_vit.data.batches import InOrder, batches_of, fed
 from keras_vit.data.dataset import digest
 from keras_vit.devices import accelerators, on_jax_accelerator
+from keras_vit.files import is_terminal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
@@ -172,7 +173,9 @@ def fit(
         extend(pretrained, current)
     data = digest(dataset) if run_dir else ""
     costs = costs_of_epochs(recipe, dataset.image_shape)
-    journal = Journal(current, batches, run_dir, save_every, data, costs, checkpoint)
+    journal = Journal(
+        current, batches, run_dir, save_every, data, costs, checkpoint, recipe.early_stopping
+    )
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
         journal,
@@ -186,15 +189,26 @@ def fit(
     if validation is not None:
         images, labels = validation
         validation = fed(InOrder(images, labels, recipe.batch_size))
+    weights = class_weights(dataset.train_labels, recipe.class_weights)
     settings = {
         "shuffle": False,
+        "class_weight": weights,
         "validation_data": validation,
         "callbacks": callbacks,
+        # Otherwise the journal prints one line per epoch.
+        "verbose": int(is_terminal()),
     }
 
     def fit_until(epochs):
         """Trains the current model, which grows with the images, up to a number of epochs."""
-        if journal.epoch < epochs:
+        if journal.epoch < epochs and not journal.stopped_early:
+            if current.train_function is None:
+                height, width = current.get_layer("patches").input.shape[1:3]
+                print(
+                    f"Compiling for images of {height}x{width} pixels: the first step takes "
+                    "longer than the others.",
+                    flush=True,
+                )
             current.fit(fed(batches), initial_epoch=journal.epoch, epochs=epochs, **settings)
 
     with journal.running():
@@ -210,6 +224,24 @@ def fit(
             fit_until(stage.end)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
     return {key: [row[key] for row in journal.rows] for key in measured}
+
+
+def class_weights(labels, kind):
+    """The factor of each class in the loss.
+
+    Args:
+        labels: integer array `(N,)`, the true classes.
+        kind: string, `"balanced"` for `N / (number of classes * images of the class)`, so that
+            every class counts the same and the mean over the images is one; None for no weights.
+
+    Returns:
+        Dictionary of floats by class, or None.
+    """
+    if kind is None:
+        return None
+    classes, counts = np.unique(labels, return_counts=True)
+    weights = len(labels) / (len(classes) * counts)
+    return {int(label): float(weight) for label, weight in zip(classes, weights)}
 
 
 def optimizer(model, recipe, steps_per_epoch):

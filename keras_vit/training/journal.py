@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_vit.devices import accelerators
-from keras_vit.files import atomic_write
+from keras_vit.files import atomic_write, is_terminal
 from keras_vit.training import checkpoints
 
 # Files of a run directory.
@@ -23,9 +23,8 @@ class Interrupted(Exception):
     """A signal stopped training between two steps; `status` is the exit status for it."""
 
     def __init__(self, number, epoch, batch):
-        super().__init__(
-            f"{signal.Signals(number).name} after {epoch} epochs and {batch} batches of the next"
-        )
+        place = f"in epoch {epoch + 1}, batch {batch}" if batch else f"after epoch {epoch}"
+        super().__init__(f"Stopped {place}; progress saved.")
         self.status = 128 + number
 
 
@@ -61,6 +60,8 @@ class Journal(keras.callbacks.Callback):
         data: string, digest of the training images and labels.
         costs: list of numbers, relative cost of each epoch of the run.
         checkpoint: `Checkpoint` of the run to resume from; None to start.
+        early_stopping: int, epochs without a better `val_accuracy` after which training stops;
+            None for never.
 
     Raises:
         DifferentData: if the run has a checkpoint with a different digest.
@@ -72,10 +73,18 @@ class Journal(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, model, batches, run_dir=None, save_every=None, data="", costs=(1,), checkpoint=None
+        self,
+        model,
+        batches,
+        run_dir=None,
+        save_every=None,
+        data="",
+        costs=(1,),
+        checkpoint=None,
+        early_stopping=None,
     ):
         super().__init__()
-        self.data, self.costs = data, costs
+        self.data, self.costs, self.early_stopping = data, costs, early_stopping
         self._precision = model.get_layer("norm").compute_dtype
         self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
@@ -138,14 +147,34 @@ class Journal(keras.callbacks.Callback):
         row.setdefault("learning_rate", self._learning_rate())
         row["precision"] = self._precision
         self._precision = self.model.get_layer("norm").compute_dtype
-        is_best = all(row.get("val_accuracy", 0) > old.get("val_accuracy", 0) for old in self.rows)
         self.rows.append({**row, "seconds": seconds})
+        if not is_terminal():
+            print(_line(self.rows[-1], len(self.costs)), flush=True)
         self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None
-        if self.run_dir and "val_accuracy" in row and is_best:
+        if self.run_dir and "val_accuracy" in row and self._best_epoch() == self.epoch:
             with atomic_write(self.run_dir / BEST_MODEL) as path:
                 self.model.save(path)
         self._save(0)
         self._stop_on_signal(0)
+        if self.stopped_early:
+            best = self._best_epoch()
+            print(
+                f"Stopped early after epoch {self.epoch}: val_accuracy was best in epoch {best}, "
+                f"whose model is {BEST_MODEL}.",
+                flush=True,
+            )
+            self.model.stop_training = True
+
+    @property
+    def stopped_early(self):
+        """Whether the last epochs were no better; read from the rows, so that it is resumed."""
+        if not (self.early_stopping and self.rows):
+            return False
+        return self.epoch - self._best_epoch() >= self.early_stopping
+
+    def _best_epoch(self):
+        """The first epoch with the highest `val_accuracy`, counted from one."""
+        return 1 + max(range(len(self.rows)), key=lambda i: self.rows[i].get("val_accuracy", 0))
 
     @contextlib.contextmanager
     def running(self):
@@ -233,7 +262,8 @@ class Journal(keras.callbacks.Callback):
         self._printed_time_left = True
         left = (sum(self.costs) - done) * (now - start) / (done - first)
         if left > 60:
-            print(f"\nAbout {duration(left)} of training left.", flush=True)
+            start = "\n" if is_terminal() else ""  # The progress bar leaves its line open.
+            print(f"{start}About {duration(left)} of training left.", flush=True)
 
     def _learning_rate(self):
         return float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
@@ -250,6 +280,16 @@ def duration(seconds):
     if minutes >= 90:
         return f"{minutes / 60:.1f} hours"
     return f"{minutes} minute{'s' if minutes > 1 else ''}"
+
+
+def _line(row, epochs):
+    """The metrics of an epoch as a line of a log."""
+    shown = [
+        f"{name} {value:.4g}"
+        for name, value in row.items()
+        if name not in ("epoch", "precision", "seconds")
+    ]
+    return f"Epoch {row['epoch']}/{epochs}: {', '.join(shown)}, {row['seconds']:.1f} s"
 
 
 def _write(run_dir, checkpoint):

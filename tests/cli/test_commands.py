@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -17,8 +19,9 @@ from PIL import Image
 from keras_vit import RandomResizedCrop, VisionTransformer, data, files, load_model
 from keras_vit.data import folders
 from keras_vit.data.dataset import SHORT
+from keras_vit.files import visible
 from keras_vit.reporting import figures
-from keras_vit_cli import inputs, main, settings
+from keras_vit_cli import inputs, main, predict, settings
 
 
 @pytest.fixture(autouse=True)
@@ -128,9 +131,52 @@ def test_predictions_come_as_lines_and_as_a_table(place, model, capsys):
     folder = place / "images" / "accuracy"
     assert run("predict", place / "run" / "model.keras", folder, "--csv") == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 25 * 3
-    assert list(rows[0]) == ["image", "rank", "class", "probability"]
-    assert {row["rank"] for row in rows} == {"1", "2", "3"}
+    assert len(rows) == 25
+    columns = ["class", "probability", "class_2", "probability_2", "class_3", "probability_3"]
+    assert list(rows[0]) == ["image", *columns]
+    row = next(row for row in rows if row["image"] == str(path))
+    assert row["class"] == best and float(row["probability"]) == pytest.approx(probability)
+    assert {row[name] for name in ("class", "class_2", "class_3")} == set(CLASSES)
+    assert run("predict", place / "run", path, "--csv", "--top", "1") == 0  # A run directory.
+    header, line = capsys.readouterr().out.split("\n")[:-1]
+    assert header == "image,class,probability" and line.startswith(f"{path},{best},0.")
+
+
+def test_lists_on_stdin_have_any_line_ends_any_bytes_and_folders(place, capsys, monkeypatch):
+    folder = place / "images" / "blå"
+    lines = f"\ufeff{folder}\r\n\r\n{folder / '4.png'}\n".encode() + b"gone-\xe9.png\r\n"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), "ascii"))
+    expected = [*map(str, visible(folder)), str(folder / "4.png"), os.fsdecode(b"gone-\xe9.png")]
+    assert list(inputs._listed(["-"])) == expected
+
+
+def test_a_folder_without_images_is_named(place, capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    words = ["predict", place / "run" / "model.keras", tmp_path / "empty"]
+    assert run(*words, place / "images" / "blå" / "4.png") == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"error: {tmp_path / 'empty'} has no images\n"
+    assert "4.png: " in captured.out
+
+
+def test_json_is_json_whatever_stdout_can_express(monkeypatch):
+    content = {"image": os.fsdecode(b"\xe9.png"), "class": "żółw 🐢"}
+    for encoding in ("utf-8", "cp1252", "ascii"):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        line = predict.as_json(content)
+        assert json.loads(line.encode(encoding)) == content
+
+
+def test_the_cache_is_shown_and_cleared(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "keras_vit").mkdir()
+    for name in ("a.npy", "a.json", "b-digests.json"):
+        (tmp_path / "keras_vit" / name).write_bytes(bytes(2**20))
+    assert run("cache") == 0
+    assert f"{tmp_path / 'keras_vit'}: 1 decoded set of images, 1.0 MiB" in capsys.readouterr().out
+    assert run("cache", "--clear") == 0
+    assert not list((tmp_path / "keras_vit").iterdir())
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_goes_on(place, capsys, monkeypatch, tmp_path):
@@ -300,6 +346,34 @@ def test_exports_answer_in_their_runtimes_as_keras_does(
     assert (tmp_path / "new" / name).exists()
     difference = float(re.search(r"on 256 images of noise: (\S+)", out)[1])
     assert difference < 1e-5
+    content = exported_metadata(tmp_path / "new" / name, format)
+    assert content["class_names"] == list(CLASSES)
+    assert (content["input"]["height"], content["input"]["width"]) == (20, 24)
+    kept = np.asarray(content["normalization"]["mean"])
+    model = load_model(place / "run" / "model.keras")
+    np.testing.assert_allclose(kept, model.get_layer("normalization").mean, rtol=1e-6)
+
+
+def exported_metadata(path, format):
+    """The metadata of an exported model, whose output is called `probabilities`."""
+    if format == "onnx":
+        import onnx
+
+        exported = onnx.load(path)
+        assert [output.name for output in exported.graph.output] == ["probabilities"]
+        return {x.key: json.loads(x.value) for x in exported.metadata_props}
+    if format == "saved_model":
+        import tensorflow as tf
+
+        served = tf.saved_model.load(str(path)).signatures["serving_default"]
+        assert list(served.structured_outputs) == ["probabilities"]
+        return json.loads((path / "assets.extra" / "metadata.json").read_text(encoding="utf-8"))
+    from ai_edge_litert.interpreter import Interpreter
+
+    signature = Interpreter(model_path=str(path)).get_signature_list()["serving_default"]
+    assert signature["outputs"] == ["probabilities"]
+    with zipfile.ZipFile(path) as archive:
+        return json.loads(archive.read("metadata.json"))
 
 
 def test_what_is_exported_takes_pixels_and_gives_probabilities(model):
@@ -357,6 +431,7 @@ def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monk
         return metrics.predict(model, images) + 0.002
 
     monkeypatch.setattr(export, "write", lambda *_: None)
+    monkeypatch.setattr(export, "add_metadata", lambda *_: None)
     monkeypatch.setattr(export, "runner", lambda *_: wrong)
     words = ["--format", "saved_model", "-o", tmp_path / "model"]
     assert run("export", place / "run" / "model.keras", *words) == 1
@@ -401,6 +476,8 @@ WRONG = {
     "train --init-from {model} --extend 3": "--extend 3 needs the directory of a finished run, as",
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
+    "predict {model} x.png --top 0": "--top must be at least 1, but is 0",
+    "predict {images} x.png": "images is a folder. Did you mean ",
     "export {model} --format torch -o x": "--format must be one of onnx, saved_model, litert, not",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",

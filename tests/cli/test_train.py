@@ -20,7 +20,7 @@ from keras_vit.reporting import figures
 from keras_vit.training import checkpoints
 from keras_vit_cli import backend, main, settings
 from keras_vit_cli import train as train_command
-from keras_vit_cli.errors import CommandError
+from keras_vit_cli.errors import CommandError, failed_write
 from keras_vit_cli.recipes import RECIPES
 from keras_vit_cli.run_directory import RunDirectory
 
@@ -337,7 +337,7 @@ def test_pictures_that_cannot_be_written_do_not_cost_the_numbers(capsys, monkeyp
 
     monkeypatch.setattr(figures, "draw_all", full)
     assert train("--dataset=digits", folder=tmp_path) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert "no space left on device" in capsys.readouterr().err
     assert "accuracy" in json.loads((tmp_path / "run" / "metrics.json").read_text())
 
 
@@ -413,7 +413,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path):
             break
     output = process.stdout.read()
     assert process.wait(timeout=60) == 130
-    assert "interrupted and saved. The same command resumes the run" in output
+    assert "progress saved. Run the same command to continue." in output
     assert "Traceback" not in output
     assert not (tmp_path / "run" / "metrics.json").exists()
 
@@ -557,5 +557,56 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line(capsys, monkeypatch, tm
     monkeypatch.setattr(os, "fsync", full)
     assert train("--dataset=digits", folder=tmp_path) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and "No space left on device" in error
+    assert error.startswith("error: Cannot write to ") and "no space left on device" in error
     assert len(error.splitlines()) == 1
+
+
+def test_messages_say_what_is_possible(capsys, tmp_path):
+    images, labels = np.zeros((245, 8, 8, 3), "uint8"), np.repeat([0, 1], [45, 200])
+    pair = images, labels
+    insects = data.Dataset("insects", *pair, *pair, ["ants", "bees"], True)
+    wanted = "--validation 500 is more than the 245 training images allow .at most 243.."
+    with pytest.raises(CommandError, match=wanted):
+        train_command.check_validation(500, insects)
+    train_command.check_validation(243, insects)
+    with pytest.raises(CommandError, match="--validation 1 is fewer than the 2 classes"):
+        train_command.check_validation(1, insects)
+    train_command.announce_imbalance(insects)
+    assert capsys.readouterr().out == ""
+    train_command.announce_imbalance(dataclasses.replace(insects, train_labels=labels[5:]))
+    assert "Class bees has 200 training images, ants 40: --class-w" in capsys.readouterr().out
+    stopped = train_command.explained(training.Interrupted(2, 0, 42), settings.resolve({}))
+    expected = "Stopped in epoch 1, batch 42; progress saved. Run the same command to continue."
+    assert (str(stopped), stopped.status) == (expected, 130)
+    path = tmp_path / files.PARTS.replace("*", "17-w")
+    error = OSError(errno.EROFS, "Read-only file system", str(path))
+    assert failed_write(error, "run") == (
+        f"Cannot write to {tmp_path / 'w'}: read-only file system. Existing files are unchanged."
+    )
+
+
+def test_early_stopping_needs_validation(capsys, tmp_path):
+    assert train("--dataset=digits", "--early-stopping=2", folder=tmp_path) == 2
+    assert "--early-stopping 2 needs images to validate on" in capsys.readouterr().err
+
+
+def test_help_has_the_defaults_of_the_chosen_recipe(capsys):
+    for words, name in ((["--recipe=quick"], "quick"), (["--dataset", "digits"], "digits")):
+        with pytest.raises(SystemExit):
+            settings.parse([*words, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"defaults of the recipe {name};" in text and f"{name} (applies here): " in text
+        assert f"learning rate (default: {RECIPES[name].learning_rate})" in text
+        assert f"(default: as many as take {RECIPES[name].images_seen:,} images)" in text
+
+
+def test_the_home_folder_may_be_typed_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "c.json").write_text('{"data_dir": "~/data"}')
+    words = ["--output=~/run", "--dataset=~/x.npz", "--config=~/c.json", "--figures-dir=~/pictures"]
+    run = settings.parse(words)
+    assert (run.output, run.dataset) == (f"{tmp_path}/run", f"{tmp_path}/x.npz")
+    assert (run.data_dir, run.figures_dir) == (f"{tmp_path}/data", f"{tmp_path}/pictures")
+    options = main.parse(["evaluate", "~/m.keras", "--dataset=~/photos", "--output=~/out"])
+    assert (str(options.model), options.dataset) == (f"{tmp_path}/m.keras", f"{tmp_path}/photos")
+    assert str(options.output) == f"{tmp_path}/out"

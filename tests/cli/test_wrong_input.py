@@ -180,13 +180,22 @@ def test_a_wrong_data_file_ends_with_one_line(content, expected, capsys, monkeyp
 
 DIGITS = [
     ("--limit-train=5", "digits has 1438 training images of 10 classes"),
-    ("--validation=1437", "Received: validation=1437"),
+    (
+        "--validation=1437",
+        "--validation 1437 is more than the 1,438 training images",
+    ),
     ("--limit-train=1430", "Received: limit_train=1430"),
     ("--patch-size=5", "--patch-size must divide the image side of 32 pixels, but is 5"),
     ("--patch-size=64", "must divide the image side of 32 pixels, but is 64"),
-    (f"--output={'x' * 300}", "File name too long"),
-    (f"--output={__file__}", f"--output {__file__} cannot be written to: Not a directory"),
-    (f"--figures-dir={__file__}", f"--figures-dir {__file__} cannot be written to: Not a"),
+    (f"--output={'x' * 300}", "file name too long"),
+    (
+        f"--output={__file__}",
+        f"Cannot write to {__file__}: not a directory. Existing files are",
+    ),
+    (
+        f"--figures-dir={__file__}",
+        "are unchanged. Choose another --figures-dir.",
+    ),
 ]
 
 

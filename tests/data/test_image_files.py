@@ -676,3 +676,41 @@ def test_the_cache_keeps_the_arrays_that_were_used_last(tmp_path, monkeypatch):
     monkeypatch.setattr(image_cache, "MOST_CACHED", 0)
     assert len(load_dataset(str(second)).train_labels)  # Decoded again, and kept while it is used.
     assert len(set(arrays.glob("*.npy"))) == 1
+
+
+def test_a_photo_that_changed_does_not_leave_the_old_array_in_the_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(3):
+            Image.new("RGB", (32, 32), (index, 0, 0)).save(tmp_path / f"photos/{name}/{index}.png")
+
+    def arrays():
+        data.load_dataset(str(tmp_path / "photos"))
+        return {path.name for path in (tmp_path / "cache" / "keras_vit").glob("*.npy")}
+
+    before = arrays()
+    os.utime(tmp_path / "photos/a/0.png")  # Its content is the same.
+    assert arrays() == before
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "photos/a/0.png")
+    after = arrays()
+    assert len(before) == len(after) == 1 and before != after
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    (tmp_path / "photos").symlink_to(tmp_path / "moved")
+    assert arrays() == after
+
+
+def test_without_a_home_folder_the_cache_is_among_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(image_cache.tempfile, "gettempdir", lambda: str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            image_cache.os.path, "expanduser", lambda path: path
+        )  # Unknown user, no HOME.
+        assert image_cache._place().parent == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    assert image_cache._place() == tmp_path / "home" / ".cache" / "keras_vit"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file" / "home"))  # It cannot be made.
+    assert image_cache._place().parent == tmp_path

@@ -2,12 +2,14 @@ import base64
 import dataclasses
 import io
 import re
+import warnings
 
 import keras
 import matplotlib.image
 import matplotlib.text
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image
 
 from keras_vit import (
@@ -18,7 +20,7 @@ from keras_vit import (
 )
 from keras_vit.data import Dataset
 from keras_vit.model import augmented_for_display
-from keras_vit.reporting import explorer, figures, representations
+from keras_vit.reporting import explorer, figures, fonts, representations
 from keras_vit.reporting.texts import load_texts
 
 NAMES = [
@@ -294,3 +296,44 @@ def test_of_very_many_patches_some_maps_of_positions_are_drawn(tmp_path, monkeyp
     for number, column in enumerate(columns):  # Each position is most similar to itself.
         assert mosaic[0, 21 * number + column - 1] == pytest.approx(1, abs=1e-5)
         assert np.isclose(mosaic[0, 21 * number : 21 * number + 20], 1).sum() == 1
+
+
+def test_letters_that_no_font_has_become_numbers_or_boxes_without_a_warning(tmp_path, monkeypatch):
+    own = [x for x in fonts.font_manager.fontManager.ttflist if x.name == fonts.FAMILY]
+    monkeypatch.setattr(fonts.font_manager.fontManager, "ttflist", own)
+    names = ["żółw", "猫", "தமிழ்"]
+    assert fonts.legible(names, "class") == ["żółw", "class 1", "class 2"]
+    figure, axis = figures.plt.subplots()
+    text = axis.set_title("a 猫\nb")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures._save(figure, tmp_path / "x.png", "🐢 photos")
+    assert text.get_text() == "a □\nb" and figure.get_suptitle() == "□ photos"
+
+
+def test_letters_that_another_font_of_the_system_has_are_drawn_with_it():
+    other = "STIXGeneral"  # It comes with Matplotlib as well.
+    letters = [
+        set(TTFont(fonts.font_manager.findfont(name)).getBestCmap())
+        for name in (other, fonts.FAMILY)
+    ]
+    letter = chr(min(x for x in letters[0] - letters[1] if x > 0x2000 and not 0xE000 <= x < 0xF900))
+    known = fonts.families(["a" + letter])
+    assert known[0] == fonts.FAMILY and len(known) == 2 and fonts.legible([letter], "x") == [letter]
+
+
+def test_examples_are_of_all_classes():
+    labels = np.array([0, 0, 0, 0, 1, 1, 2])
+    assert figures._one_per_class(labels, 3, 5).tolist() == [0, 4, 6, 1, 5]
+    assert figures._one_per_class(labels, 3, 2).tolist() == [0, 4]
+
+
+def test_the_most_frequent_confusions_are_shown_surest_first():
+    labels = np.array([0, 0, 0, 0, 1, 2])
+    predicted = np.array([1, 0, 1, 1, 2, 0])
+    confidence = np.array([0.6, 0.99, 0.9, 0.7, 0.8, 0.95])
+    probabilities = np.stack([(1 - confidence) / 2] * 3, axis=1)
+    probabilities[np.arange(6), predicted] = confidence
+    assert figures._worst_confusions(labels, probabilities, 2).tolist() == [2, 5]
+    assert figures._worst_confusions(labels, probabilities, 4).tolist() == [2, 3, 5, 4]
+    assert figures._worst_confusions(labels, probabilities, 9).tolist() == [2, 3, 0, 5, 4]

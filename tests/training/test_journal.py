@@ -253,3 +253,18 @@ def test_later_steps_do_not_change_a_pending_checkpoint(writing, monkeypatch, tm
     written = [[array.tobytes() for array in checkpoint.arrays.values()] for checkpoint in late]
     assert written == at_once
     assert len(late) == 6 and at_once[0] != at_once[1]
+
+
+def test_a_run_stops_early_also_if_it_was_interrupted(capsys, tmp_path):
+    """The validation accuracy cannot rise: the learning rate is tiny."""
+    recipe = dataclasses.replace(RECIPE, epochs=5, early_stopping=2, learning_rate=1e-12)
+    assert train(tmp_path, (3, 2), recipe=recipe) is None
+    train(tmp_path, recipe=recipe)
+    output = capsys.readouterr().out
+    lines = [line for line in output.splitlines() if line.startswith(("Epoch", "Stopped"))]
+    assert [line[:11] for line in lines] == [f"Epoch {n}/5: "[:11] for n in (1, 2, 3)] + [
+        "Stopped ear"
+    ]
+    assert "after epoch 3: val_accuracy was best in epoch 1, whose model is best.k" in lines[-1]
+    assert not set("\b\r\x1b") & set(output)
+    assert len((tmp_path / "history.csv").read_text().splitlines()) == 4

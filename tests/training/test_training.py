@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import cifar10_on_disk
+from sklearn.utils.class_weight import compute_class_weight
 
 from keras_vit.data import Batches, Dataset, batches
 from keras_vit.training import (
@@ -226,3 +227,22 @@ def test_the_loss_falls_on_real_images():
     assert history["loss"][-1] < history["loss"][0] - 0.15
     predicted = model.predict(dataset.test_images[:2000], batch_size=256, verbose=0).argmax(axis=1)
     assert np.mean(predicted == dataset.test_labels[:2000]) > 0.2
+
+
+def test_balanced_weights_make_each_class_count_the_same():
+    dataset = colours(24)
+    kept = np.flatnonzero((dataset.train_labels != 0) | (np.arange(24) < 6))  # Of red, two.
+    images, labels = dataset.train_images[kept], dataset.train_labels[kept]
+    dataset = dataclasses.replace(dataset, train_images=images, train_labels=labels)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    weights = fitting.class_weights(labels, "balanced")
+    np.testing.assert_allclose([weights[label] for label in range(3)], expected)
+    # In the first step, of all images.
+    plain = {"epochs": 1, "dropout": 0.0, "augmentation": False, "batch_size": 32}
+    model = small_model(dataset, **plain)
+    losses = keras.losses.sparse_categorical_crossentropy(
+        labels, model.predict(images, verbose=0), from_logits=True
+    )
+    mean = np.mean(expected[labels] * keras.ops.convert_to_numpy(losses))
+    history = fit(model, dataset, small_recipe(class_weights="balanced", **plain))
+    assert history["loss"][0] == pytest.approx(mean, rel=1e-5)
