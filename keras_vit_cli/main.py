@@ -146,7 +146,10 @@ def parse(arguments):
         "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"
     )
     export.add_argument(
-        "--format", metavar="NAME", required=True, help="onnx, saved_model or litert"
+        "--format",
+        metavar="NAME",
+        required=True,
+        help="onnx, saved_model, litert, timm (weights for PyTorch) or keras (half precision)",
     )
     report.add_argument("--language", choices=LANGUAGES, help="its language (default: the run's)")
     cache.add_argument("--clear", action="store_true", help="remove all decoded images")

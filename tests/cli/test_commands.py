@@ -376,6 +376,23 @@ def exported_metadata(path, format):
         return json.loads(archive.read("metadata.json"))
 
 
+@pytest.mark.parametrize("name", ["timm/model.safetensors", "keras/model.keras"])
+def test_weights_are_exported_and_predict_the_same(name, place, capsys, tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+    file, image = tmp_path / name, place / "images" / "accuracy" / "3.png"
+    words = ["--format", name.split("/")[0], "-o", file]
+    assert run("export", place / "run" / "model.keras", *words) == 0
+    assert "largest difference of a probability on 256 images of noise" in capsys.readouterr().out
+    answers = []
+    for source in (file, place / "run"):
+        assert run("predict", source, image, "--json") == 0
+        answers.append(json.loads(capsys.readouterr().out)["predictions"])
+    for ours, theirs in zip(*answers):
+        assert ours["class"] == theirs["class"]
+        assert ours["probability"] == pytest.approx(theirs["probability"], abs=2e-3)
+
+
 def test_what_is_exported_takes_pixels_and_gives_probabilities(model):
     from keras_vit.export import served
 
@@ -421,8 +438,8 @@ def test_a_frozen_model_is_exported_as_well(model):
 
 
 def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monkeypatch, tmp_path):
+    from keras_vit import export
     from keras_vit.reporting import metrics
-    from keras_vit_cli import export
 
     if keras.backend.backend() != "tensorflow":
         pytest.skip("the command runs on TensorFlow")
@@ -469,7 +486,7 @@ WRONG = {
     "train --dataset {images} --init-from {model} --depth 9": (
         "--depth 9 differs from --init-from {model}, which has 2: leave it out"
     ),
-    "train --dataset {images} --init-from {deep}": "takes images of 4 channels, images has 3",
+    "train --dataset {images} --init-from {deep}": "takes images of 5 channels, images has 3",
     "train --dataset {images} --init-from {model} --freeze 3": "Received: freeze=3",
     "train --dataset {images} --recipe finetune": "--recipe finetune needs --init-from: a preset s",
     "train --dataset {images} --extend 3": "--extend 3 needs the directory of a finished run, as",
@@ -478,7 +495,7 @@ WRONG = {
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "predict {model} x.png --top 0": "--top must be at least 1, but is 0",
     "predict {images} x.png": "images is a folder. Did you mean ",
-    "export {model} --format torch -o x": "--format must be one of onnx, saved_model, litert, not",
+    "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
