@@ -38,7 +38,10 @@ def load_model(path: str | os.PathLike[str]) -> keras.Model:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        raise ModelError(f"{path} is a folder. Did you mean {path / 'model.keras'}?")
+        inside = (path / name for name in ("model.keras", "best.keras"))
+        found = next((model for model in inside if model.is_file()), None)
+        advice = f"Did you mean {found}?" if found else "It holds no model.keras."
+        raise ModelError(f"{path} is a folder. {advice}")
     if path.suffix != ".keras":  # Keras would read it as a legacy format.
         raise ModelError(f"{path} does not end in .keras, the suffix of Keras model files")
     check_archive(path)

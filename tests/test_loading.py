@@ -244,7 +244,7 @@ def test_a_truncated_file_is_refused(fraction, model_file, tmp_path):
     ("name", "content", "expected"),
     [
         ("missing.keras", None, "No such file"),
-        ("folder.keras", pathlib.Path, "directory"),
+        ("folder.keras", pathlib.Path, "folder.keras is a folder. It holds no model.keras"),
         ("model.h5", b"anything", "does not end in .keras"),
         ("model.keras", b"anything", "not a .keras file, or is damaged"),
     ],
@@ -258,3 +258,10 @@ def test_an_invalid_model_file_is_named_in_the_error(name, content, expected, tm
     with pytest.raises(ModelError, match=expected) as caught:
         load_model(path)
     assert name in str(caught.value)
+
+
+def test_of_a_run_directory_the_model_is_named(tmp_path):
+    for name in ("best.keras", "model.keras"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ModelError, match=rf"is a folder. Did you mean {tmp_path / name}\?"):
+            load_model(tmp_path)

@@ -494,7 +494,7 @@ WRONG = {
     "predict {model} x.png --json --csv": "not allowed with argument",
     "export {model} --format onnx -o model": "--format onnx must end in .onnx",
     "predict {model} x.png --top 0": "--top must be at least 1, but is 0",
-    "predict {images} x.png": "images is a folder. Did you mean ",
+    "predict {images} x.png": "images is a folder. It holds no model.keras.",
     "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",

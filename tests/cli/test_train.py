@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import keras
 import numpy as np
@@ -18,7 +19,7 @@ from conftest import coloured
 from keras_vit import data, devices, files, training
 from keras_vit.reporting import figures
 from keras_vit.training import checkpoints
-from keras_vit_cli import backend, main, settings
+from keras_vit_cli import backend, inputs, main, settings
 from keras_vit_cli import train as train_command
 from keras_vit_cli.errors import CommandError, failed_write
 from keras_vit_cli.recipes import RECIPES
@@ -575,6 +576,14 @@ def test_messages_say_what_is_possible(capsys, tmp_path):
     assert capsys.readouterr().out == ""
     train_command.announce_imbalance(dataclasses.replace(insects, train_labels=labels[5:]))
     assert "Class bees has 200 training images, ants 40: --class-w" in capsys.readouterr().out
+    model = types.SimpleNamespace(
+        input_shape=(None, 8, 8, 3), output_shape=(None, 2), class_names=("cats", "dogs")
+    )
+    folder = dataclasses.replace(insects, manifest=())
+    for dataset, of in ((folder, "the folder's"), (insects, "those of insects")):
+        wanted = rf"The model's classes \(cats, dogs\) differ from {of} \(ants, bees\)\."
+        with pytest.raises(CommandError, match=wanted):
+            inputs.check_suits(model, "model.keras", dataset)
     stopped = train_command.explained(training.Interrupted(2, 0, 42), settings.resolve({}))
     expected = "Stopped in epoch 1, batch 42; progress saved. Run the same command to continue."
     assert (str(stopped), stopped.status) == (expected, 130)
