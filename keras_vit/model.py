@@ -388,6 +388,19 @@ def augmented_for_display(layers, images, training=False):
     return 255 * (result - black) / np.where(white == black, 1, white - black)
 
 
+def layers_in_inference(model: VisionTransformer) -> list[keras.layers.Layer]:
+    """The layers of a model's augmentation that also change images in inference."""
+    noise = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:]))
+    noise[0], noise[1] = 0, 255
+    images, kept = noise.astype("float32"), []
+    for layer in model.augmentation:
+        before = images
+        images = ops.convert_to_numpy(layer(before, training=False))
+        if not np.array_equal(before, images):
+            kept.append(layer)
+    return kept
+
+
 def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, drop_path=0.0, dtype=None):
     """One pre-norm block: `x + MHA(LN(x))`, then `x + MLP(LN(x))`.
 

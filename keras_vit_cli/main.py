@@ -87,16 +87,17 @@ def parse(arguments):
     predict = add("predict", "name the likeliest classes of images")
     explain = add("explain", "draw where a model looks, as Attention Rollout")
     export = add("export", "write a model for another runtime, and compare it there")
+    page = add("page", "write a model as one HTML page that runs it on any picture")
     report = add("report", "write the report of a run again")
 
-    for command in (evaluate, predict, explain, export):
+    for command in (evaluate, predict, explain, export, page):
         command.add_argument("model", metavar="MODEL", type=pathlib.Path, help="a .keras file")
     for command in (predict, explain):
         command.add_argument(
             "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
         )
     report.add_argument("run", metavar="RUN", type=pathlib.Path, help="run directory")
-    for command in (evaluate, predict, explain, report):
+    for command in (evaluate, predict, explain, page, report):
         command.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
     # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
     export.set_defaults(backend="tensorflow")
@@ -105,13 +106,17 @@ def parse(arguments):
         "--dataset", metavar="NAME", required=True, help="as for train: a folder, file or name"
     )
     export.add_argument("--dataset", metavar="NAME", help="test images to compare on, else noise")
-    for command in (evaluate, export, report):
+    page.add_argument(
+        "--dataset", metavar="NAME", help="test images to begin with (default: those of the run)"
+    )
+    for command in (evaluate, export, page, report):
         command.add_argument("--data-dir", metavar="NAME", help="folder of TensorFlow Datasets")
 
     output = {"metavar": "PATH", "type": pathlib.Path}
     evaluate.add_argument("-o", "--output", **output, help="folder for metrics and pictures")
     explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
     export.add_argument("-o", "--output", **output, required=True, help="file or folder to write")
+    page.add_argument("-o", "--output", **output, required=True, help="an .html file to write")
 
     output_format = predict.add_mutually_exclusive_group()
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
@@ -120,6 +125,7 @@ def parse(arguments):
     explain.add_argument(
         "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"
     )
+    page.add_argument("--language", choices=LANGUAGES, default="en", help="of the page")
     export.add_argument(
         "--format", metavar="NAME", required=True, help="onnx, saved_model or litert"
     )
