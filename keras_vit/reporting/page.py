@@ -83,7 +83,9 @@ def _check(model):
         )
     quantized = [x.name for x in model._flatten_layers() if x.quantization_mode is not None]
     if quantized:
-        raise ValueError(f"Expected a model that is not quantized. {received} with {quantized}")
+        raise ValueError(
+            f"Expected a model without quantized layers. {received} with {', '.join(quantized)}"
+        )
     config, tokens = model.get_config(), model.get_layer("position_embedding").output.shape[1]
     parameters = sum(math.prod(weight.shape) for weight in model.weights)
     if parameters > MAX_PARAMETERS:

@@ -81,7 +81,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         language: `"en"` or `"pl"`.
     """
     facts = _facts(config, metrics, model, dataset, language)
-    texts = _filled(load_texts(language) | {"explained": ""}, facts)
+    texts = _filled(load_texts(language) | {"explained": "", "page": {}}, facts)
     sections = [
         _section(key, picture and pictures / picture, names, texts, facts)
         for key, (picture, names) in SECTIONS.items()

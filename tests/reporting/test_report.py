@@ -24,52 +24,9 @@ from keras_vit.reporting.report import SECTIONS, write_explorer
 from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import main
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 ROWS, COLUMNS, BLOCKS, HEADS = 2, 3, 3, 2
 # Where screenshots are wanted, for looking at.
 SCREENSHOTS = os.environ.get("KERAS_VIT_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens a file; afterwards, nothing may have been complained about or asked for."""
-    contexts, noise = [], []
-
-    def opened(path, **settings):
-        context = browser.new_context(**settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        address = pathlib.Path(path).resolve().as_uri()
-        allowed = (address, "data:")
-        page.on(
-            "request",
-            lambda request: request.url.startswith(allowed) or noise.append(request.url),
-        )
-        page.goto(address)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert noise == []
 
 
 @pytest.fixture(scope="module")

@@ -102,6 +102,7 @@
     show(found, button?.title);
     main.classList.remove("waiting");
     main.setAttribute("aria-busy", "false");
+    main.dataset.name = name;
     await play({ gap: 0, veil: 1, pixels: $("#pixels").checked ? 1 : 0 }, isCurrent);
   }
 
