@@ -1,5 +1,6 @@
 """The page that runs a model: its arithmetic beside Keras and Pillow, and what a visitor sees."""
 
+import base64
 import io
 import re
 
@@ -58,7 +59,7 @@ def answered(page):
 def classes(page):
     """The classes and probabilities that a page shows."""
     rows = page.locator("#classes li").all_inner_texts()
-    return {name: float(value.rstrip(" %")) / 100 for name, value in map(str.splitlines, rows)}
+    return {name: float(value.rstrip("\u00a0%")) / 100 for name, value in map(str.splitlines, rows)}
 
 
 def ran(page, model, images):
@@ -201,24 +202,53 @@ def test_patches_and_maps_are_chosen_by_pointer_and_keyboard(small, path, open_p
         )
 
     def percent(weight):
-        return f"{100 * weight:.{1 if weight < 0.1 else 0}f} %"
+        return f"{100 * weight:.{1 if weight < 0.1 else 0}f}\u00a0%"
 
     says("blocks 1 to 3 (rollout) · from class token")
     page.mouse.click(*place(1, 2))
+    says("blocks 1 to 3 (rollout) · from row 1, column 2 · pinned")
     page.mouse.move(*place(2, 1))
-    start = "blocks 1 to 3 (rollout) · from row 1, column 2 · pinned"
+    start = "blocks 1 to 3 (rollout) · from row 1, column 2"
     says(f"{start} · to row 2, column 1: {percent(rollout[2, 4])}")
     page.locator(".maps button").nth(4 + 3).click()  # Of the second block, its last head.
     panel.focus()
     panel.press("ArrowRight")
     weight = percent(scores[0, 1, 1, 2, 3])
-    says(f"block 2, head 2 · from row 1, column 2 · pinned · to row 1, column 3: {weight}")
+    says(f"block 2, head 2 · from row 1, column 2 · to row 1, column 3: {weight}")
+    panel.press("Enter")
+    says("block 2, head 2 · from row 1, column 2")
     panel.press("Escape")
     says("block 2, head 2 · from class token")
     page.locator(".maps button[aria-checked=true]").press("ArrowDown")
     says("block 3, head 2 · from class token")
     page.locator(".maps button[aria-checked=true]").press("ArrowLeft")
     says("block 3, head 1 · from class token")
+
+
+def test_pictures_are_dropped_and_pasted(small, path, open_page):
+    model, images = small
+    page = answered(open_page(path, reduced_motion="reduce"))
+    names = ["dropped", "pasted"]
+    for name, image, event in zip(
+        names, images[1:], ["DragEvent('drop'", "ClipboardEvent('paste'"]
+    ):
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "PNG")
+        page.evaluate(
+            """([name, content]) => {
+              const data = new DataTransfer();
+              data.items.add(new File([bytesOf(content)], name, { type: "image/png" }));
+              document.dispatchEvent(new EVENT, { dataTransfer: data, clipboardData: data }));
+            }""".replace("EVENT", event),
+            [name, base64.b64encode(file.getvalue()).decode()],
+        )
+        page.locator(f"main[data-name={name}]").wait_for()
+        expected = predict(model, image[None])[0]
+        assert classes(page) == pytest.approx(dict(zip(NAMES, expected)), abs=0.00051)
+    page.evaluate(
+        "document.dispatchEvent(new ClipboardEvent('paste', { clipboardData: new DataTransfer() }))"
+    )
+    assert page.locator("#problem").inner_text().startswith("No picture came with that.")
 
 
 def test_what_is_no_picture_is_refused_and_the_answer_stays(path, open_page, tmp_path):
@@ -246,7 +276,7 @@ def test_a_page_without_images_in_polish_on_a_phone(small, open_page, tmp_path):
     content = {"name": "red.png", "mimeType": "image/png", "buffer": file.getvalue()}
     page.locator("#file").set_input_files(content)
     answered(page)
-    assert re.search(r"\d,\d %", page.locator("#classes").inner_text())
+    assert re.search(r"\d,\d\u00a0%", page.locator("#classes").inner_text())
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 

@@ -12,7 +12,7 @@
     return made;
   };
   const filled = (text, values) => text.replace(/\{(\w+)\}/g, (_, name) => values[name]);
-  const percent = (value, digits) => `${(100 * value).toFixed(digits).replace(".", explorer.decimal)} %`;
+  const percent = (value, digits) => `${(100 * value).toFixed(digits).replace(".", explorer.decimal)}\u00a0%`;
   const main = $("main"), panel = $("#picture"), canvas = $("#picture canvas"), context = canvas.getContext("2d");
   const still = matchMedia("(prefers-reduced-motion: reduce)"), dark = matchMedia("(prefers-color-scheme: dark)");
   // What is shown: the picture, the pixels that the model sees, and its answer; the same of the next picture while it is read.
@@ -37,10 +37,9 @@
   })();
   send({ model });
 
-  // Decodes a picture upright and without its colour profile, as `predict` does.
-  async function decoded(blob) {
-    return createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none" });
-  }
+  // Decodes a picture upright and without its colour profile, as `predict` does, where a browser knows these options.
+  const decoded = (blob) => createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none" })
+    .catch(() => createImageBitmap(blob));
 
   // JPEG is decoded at an eighth, a quarter or half of its size where that leaves four times the model's.
   async function factorOf(blob, bitmap) {
@@ -89,7 +88,7 @@
     Object.assign(look, { pixels: 0, gap: 0, veil: 0 });
     panel.className = "shown";
     panel.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
-    panel.style.maxWidth = `calc(72vh * ${bitmap.width / bitmap.height})`;
+    panel.style.maxWidth = `calc(64vh * ${bitmap.width / bitmap.height})`;
     bitmap.close();
     mark();
     fit();
@@ -232,7 +231,8 @@
     caption.replaceChildren();
     element("b", caption, nameOfMap(state));
     const token = state.query ? nameOf(state.query) : class_token ? explorer.class_token : explorer.mean_of_patches;
-    const told = [`${explorer.from} ${token}`, ...(state.pinned ? [explorer.pinned] : [])];
+    const told = [`${explorer.from} ${token}`];
+    if (state.pinned && !state.target) told.push(explorer.pinned);
     if (state.target) told.push(`${explorer.to} ${nameOf(state.target)}: ${percent(weights[state.target], weights[state.target] < 0.1 ? 1 : 0)}`);
     element("span", caption, [" ", ...told].join(" · "));
   }
@@ -281,7 +281,6 @@
         };
       }
     }
-    table.setAttribute("role", "radiogroup");
     table.style.setProperty("--count", kinds.length);
     select((blocks - 1) * kinds.length);
   }
@@ -323,7 +322,7 @@
   panel.onkeydown = (event) => {
     const moves = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
     if (!answer) return;
-    if (event.key === "Home" || event.key === "Escape") set({ query: 0, pinned: 0, target: null });
+    if (event.key === "Home") set({ query: 0, pinned: 0, target: null });
     else if (event.key === "Enter" || event.key === " ") set({ pinned: state.pinned ? 0 : state.query, target: null });
     else if (event.key in moves) {
       const from = state.pinned ? state.target || state.query : state.query;
@@ -335,6 +334,8 @@
     event.preventDefault();
     requestAnimationFrame(() => { $("#said").textContent = $("#caption").textContent; });
   };
+
+  document.onkeydown = (event) => { if (event.key === "Escape") set({ query: 0, pinned: 0, target: null }); };
 
   // A picture comes from the computer, the camera, the clipboard, or from beside the page.
   function take(files) {
