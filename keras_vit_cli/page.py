@@ -41,7 +41,8 @@ def _test_images(model, options):
     """The `Dataset` whose test images the page begins with; None if there is none."""
     if options.dataset is not None:
         return load_suitable(model, options.model, options.dataset, options.data_dir)
-    config = RunDirectory(pathlib.Path(options.model).parent).config
+    model_path = pathlib.Path(options.model)
+    config = RunDirectory(model_path if model_path.is_dir() else model_path.parent).config
     if not config.exists():
         return None
     try:

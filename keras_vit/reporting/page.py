@@ -52,6 +52,7 @@ def pack(model):
             "class_token": model.pooling == "token",
             "classes": config["num_classes"],
             "epsilon": EPSILON,
+            "resize": getattr(model, "resize", "squash"),
             "parameters": sum(tensor.size for tensor in tensors),
         },
         "mean": _numpy(normalization.mean).tolist(),

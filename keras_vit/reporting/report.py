@@ -151,7 +151,7 @@ def write_explorer(path, model, name, images, titles, language="en"):
         Int, the number of images in the page, from the first one on.
 
     Raises:
-        ValueError: if the attention scores of a single image exceed 3 MiB.
+        ValueError: if the mean of the heads' attention scores exceeds 3 MiB for a single image.
     """
     texts = load_texts(language)
     attention = pack(model, images, titles)

@@ -7,7 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from keras_vit import VisionTransformer, attention_rollout, attention_scores, patch_weights
 from keras_vit.data import read_image
@@ -101,7 +101,7 @@ def test_logits_attention_and_rollout_are_those_of_keras(path, open_page):
             np.testing.assert_allclose(found[1:], patch_weights(rollout, class_token)[0], atol=1e-6)
 
 
-def resized(page, image, size, channels, factor=1, strips=1):
+def resized(page, image, size, channels, factor=1, strips=1, resize="squash"):
     """An image `(H, W, 3)` as the page resizes it when its rows come in so many strips."""
     height, width = image.shape[:2]
     rgba = np.concatenate([image, np.full((height, width, 1), 255, "uint8")], axis=-1)
@@ -112,7 +112,7 @@ def resized(page, image, size, channels, factor=1, strips=1):
           return [done, [...reading.pixels()]];
         }""",
         [
-            {"height": size[0], "width": size[1], "channels": channels},
+            {"height": size[0], "width": size[1], "channels": channels, "resize": resize},
             {"height": height, "width": width, "factor": factor},
             [rows.ravel().tolist() for rows in np.array_split(rgba, strips)],
         ],
@@ -143,6 +143,21 @@ def test_pictures_are_resized_as_by_predict(path, open_page, tmp_path):
     expected = read_image(tmp_path / "image.jpg", (6, 6), 3).astype(int)
     assert np.abs(resized(page, image, (6, 6), 3, factor=4) - expected).max() <= 3
     assert Image.open(tmp_path / "image.jpg").draft(None, (24, 24))[1][2:] == (130 / 4, 97 / 4)
+
+
+@pytest.mark.parametrize(("resize", "fitted"), [("crop", ImageOps.fit), ("pad", ImageOps.pad)])
+def test_pictures_are_cropped_and_padded_as_by_pillow(path, open_page, resize, fitted):
+    page = answered(open_page(path, reduced_motion="reduce"))
+    for shape, size in [
+        ((37, 50), (8, 8)),
+        ((50, 37), (8, 12)),
+        ((9, 16), (16, 9)),
+        ((7, 7), (8, 8)),
+    ]:
+        image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype("uint8")
+        expected = fitted(Image.fromarray(image), size[::-1], Image.Resampling.BILINEAR)
+        found = resized(page, image, size, 3, resize=resize)
+        assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_a_picture_file_is_answered_as_by_predict(small, path, open_page, tmp_path):

@@ -13,7 +13,7 @@
     return made;
   };
   const pooled = data.class_token ? texts.class_token : texts.mean_of_patches;
-  const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
+  const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, strength: 0.6, pinned: false };
   // With 8 bits per score, only two digits are significant.
   const digits = (weight) => (100 * weight).toFixed(weight < 0.1 ? 1 : 0).replace(".", texts.decimal);
   const percent = (weight) => digits(weight) + " %";
@@ -45,7 +45,7 @@
     const position = fraction * (colours.length - 1), below = Math.min(Math.floor(position), colours.length - 2);
     return [0, 1, 2].map((i) => colours[below][i] + (position - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
   };
-  const shade = (fraction) => [0, 0, 0, 255 * 0.75 * (1 - fraction)];
+  const shade = (fraction) => [0, 0, 0, 255 * state.strength * (1 - fraction)];
 
   function mark(selector, token) {
     document.querySelectorAll(".explorer " + selector).forEach((box) => {
@@ -124,11 +124,13 @@
     button.onclick = () => set({ block });
   }
   for (const [value, text] of [["mean", texts.mean], ["max", texts.max], ["min", texts.min]]) element("option", $("#head"), text).value = value;
+  $("#head").parentElement.hidden = heads === 1;
   for (let head = 0; head < heads; head++) element("option", $("#head"), `${texts.head} ${head + 1}`).value = head;
   $("#block").max = blocks;
   $("#view").onchange = (event) => set({ view: event.target.value });
   $("#head").onchange = (event) => set({ head: event.target.value });
   $("#block").oninput = (event) => set({ block: Number(event.target.value) });
+  $("#strength").oninput = (event) => set({ strength: Number(event.target.value) });
   $("#residual").onchange = (event) => set({ residual: event.target.checked });
   $("#discard").oninput = (event) => set({ discard: Number(event.target.value) });
   if (!data.class_token) $("#class-token").textContent = texts.from_mean;

@@ -3,7 +3,7 @@
   const read = (id) => JSON.parse(document.getElementById(id).textContent);
   const model = read("model-data"), { classes, texts, explorer, language } = read("page-data");
   document.getElementById("model-data").remove();  // Its megabytes are held once.
-  const { width, height, rows, columns, patch, blocks, heads, tokens, class_token } = model.sizes;
+  const { width, height, rows, columns, blocks, heads, tokens, class_token } = model.sizes;
   const SHOWN = 5, STRIP = 2 ** 21, TAKES = 450;  // Classes; pixels read at once; milliseconds of a step of the animation.
   const $ = (selector) => document.querySelector(selector);
   const element = (name, parent, text = "") => {
@@ -87,8 +87,8 @@
     Object.assign(state, { query: 0, target: null, pinned: 0 });
     Object.assign(look, { pixels: 0, gap: 0, veil: 0 });
     panel.className = "shown";
-    panel.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
-    panel.style.maxWidth = `calc(64vh * ${bitmap.width / bitmap.height})`;
+    panel.style.aspectRatio = `${source.width} / ${source.height}`;
+    panel.style.maxWidth = `calc(64vh * ${source.width / source.height})`;
     bitmap.close();
     mark();
     fit();
@@ -105,17 +105,20 @@
     await play({ gap: 0, veil: 1, pixels: $("#pixels").checked ? 1 : 0 }, isCurrent);
   }
 
-  // A copy of a picture that is large enough for a screen.
+  // A copy of what the model sees of a picture, large enough for a screen.
   function displayed(bitmap) {
-    const scale = Math.min(1, 1600 / Math.max(bitmap.width, bitmap.height));
+    const part = partOf(model.sizes, bitmap), scale = Math.min(1, 1600 / Math.max(part.width, part.height));
     const copy = document.createElement("canvas");
-    copy.width = Math.max(1, Math.round(bitmap.width * scale));
-    copy.height = Math.max(1, Math.round(bitmap.height * scale));
+    copy.width = Math.max(1, Math.round(part.width * scale));
+    copy.height = Math.max(1, Math.round(part.height * scale));
     const pixels = copy.getContext("2d");
+    const place = [-part.left * scale, -part.top * scale, bitmap.width * scale, bitmap.height * scale];
+    pixels.fillRect(0, 0, copy.width, copy.height);  // Black.
     pixels.fillStyle = "#fff";
-    pixels.fillRect(0, 0, copy.width, copy.height);
+    pixels.fillRect(...place);
     pixels.imageSmoothingQuality = "high";
-    pixels.drawImage(bitmap, 0, 0, copy.width, copy.height);
+    pixels.imageSmoothingEnabled = scale < 1;
+    pixels.drawImage(bitmap, ...place);
     return copy;
   }
 

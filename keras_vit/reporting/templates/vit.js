@@ -148,18 +148,45 @@ function visionTransformer({ sizes, mean, scale, levels, steps }) {
   };
 }
 
+// The part of a picture that becomes the model's image, which a "pad" extends beyond the picture.
+function partOf({ width, height, resize }, picture) {
+  const ratio = width / height, isWide = picture.width / picture.height >= ratio, part = { width: picture.width, height: picture.height };
+  if (resize !== "squash") {
+    if (isWide === (resize === "crop")) part.width = ratio * picture.height;
+    else part.height = picture.width / ratio;
+  }
+  return { ...part, left: (picture.width - part.width) / 2, top: (picture.height - part.height) / 2 };
+}
+
 // Resizes a picture whose rows come in strips as Pillow does after `Image.draft`: pixels of a JPEG are averaged
 // `factor` x `factor` first; then a triangle filter in fixed point, rows before columns, each rounded to 8 bits.
-function resizer({ width, height, channels }, picture) {
-  const { factor } = picture, size = [picture.width, picture.height].map((side) => Math.ceil(side / factor));
-  const across = triangles(size[0], width), along = triangles(size[1], height);
-  const narrow = new Uint8Array(size[1] * width * channels);
+function resizer(sizes, picture) {
+  const { factor } = picture, { width, height, channels } = sizes;
+  const size = { width: Math.ceil(picture.width / factor), height: Math.ceil(picture.height / factor) };
+  const part = partOf(sizes, size), inner = { width, height, left: 0, top: 0 };
+  if (sizes.resize === "pad") {
+    // Black is added around the picture.
+    inner.width = Math.max(1, Math.min(width, even(size.width / part.width * width)));
+    inner.height = Math.max(1, Math.min(height, even(size.height / part.height * height)));
+    inner.left = even((width - inner.width) / 2);
+    inner.top = even((height - inner.height) / 2);
+    Object.assign(part, { left: 0, top: 0 }, size);
+  }
+  const across = triangles(size.width, part.left, part.width, inner.width);
+  const along = triangles(size.height, part.top, part.height, inner.height);
+  const narrow = new Uint8Array(size.height * inner.width * channels);
   let filled = 0;
 
-  function triangles(from, to) {
-    const step = from / to, support = Math.max(step, 1);
+  // Rounds halves to even numbers, as Python does.
+  function even(x) {
+    const below = Math.floor(x);
+    return x - below === 0.5 ? below + below % 2 : Math.round(x);
+  }
+
+  function triangles(from, start, length, to) {
+    const step = length / to, support = Math.max(step, 1);
     return Array.from({ length: to }, (_, i) => {
-      const center = (i + 0.5) * step;
+      const center = start + (i + 0.5) * step;
       const first = Math.max(Math.trunc(center - support + 0.5), 0), end = Math.min(Math.trunc(center + support + 0.5), from);
       const weights = Array.from({ length: end - first }, (_, j) => Math.max(1 - Math.abs((first + j - center + 0.5) / support), 0));
       const sum = weights.reduce((a, b) => a + b);
@@ -176,8 +203,8 @@ function resizer({ width, height, channels }, picture) {
 
   // A row of grey or RGB from `count` rows of RGBA.
   function averaged(rgba, top, count) {
-    const row = new Uint8Array(size[0] * channels);
-    for (let x = 0; x < size[0]; x++) {
+    const row = new Uint8Array(size.width * channels);
+    for (let x = 0; x < size.width; x++) {
       const left = x * factor, right = Math.min(left + factor, picture.width), pixels = count * (right - left);
       let r = pixels / 2, g = r, b = r;
       for (let y = top; y < top + count; y++) {
@@ -206,15 +233,18 @@ function resizer({ width, height, channels }, picture) {
       const rows = rgba.length / 4 / picture.width;
       for (let top = 0; top < rows; top += factor, filled++) {
         const row = averaged(rgba, top, Math.min(factor, rows - top));
-        for (let x = 0; x < width; x++) for (let i = 0; i < channels; i++)
-          narrow[(filled * width + x) * channels + i] = filtered(across[x], row, i, channels);
+        for (let x = 0; x < inner.width; x++) for (let i = 0; i < channels; i++)
+          narrow[(filled * inner.width + x) * channels + i] = filtered(across[x], row, i, channels);
       }
-      return filled === size[1];
+      return filled === size.height;
     },
     // The picture as the model takes it, H x W x C.
     pixels() {
-      const pixels = new Uint8Array(height * width * channels), stride = width * channels;
-      for (let y = 0; y < height; y++) for (let i = 0; i < stride; i++) pixels[y * stride + i] = filtered(along[y], narrow, i, stride);
+      const pixels = new Uint8Array(height * width * channels), stride = inner.width * channels;
+      for (let y = 0; y < inner.height; y++) {
+        const start = ((inner.top + y) * width + inner.left) * channels;
+        for (let i = 0; i < stride; i++) pixels[start + i] = filtered(along[y], narrow, i, stride);
+      }
       return pixels;
     },
   };
