@@ -78,7 +78,7 @@ def ran(page, model, images):
 
 
 def test_logits_attention_and_rollout_are_those_of_keras(path, open_page):
-    page = answered(open_page(path, reduced_motion="reduce"))
+    page = open_page(path, reduced_motion="reduce")
     for settings in OTHERS:
         model, images = made(settings)
         logits, scores = ran(page, model, images)
@@ -122,7 +122,7 @@ def resized(page, image, size, channels, factor=1, strips=1, resize="squash"):
 
 
 def test_pictures_are_resized_as_by_predict(path, open_page, tmp_path):
-    page = answered(open_page(path, reduced_motion="reduce"))
+    page = open_page(path, reduced_motion="reduce")
     random = np.random.default_rng(0)
     for shape, size, channels in [
         ((37, 50), (8, 12), 3),
@@ -145,19 +145,14 @@ def test_pictures_are_resized_as_by_predict(path, open_page, tmp_path):
     assert Image.open(tmp_path / "image.jpg").draft(None, (24, 24))[1][2:] == (130 / 4, 97 / 4)
 
 
-@pytest.mark.parametrize(("resize", "fitted"), [("crop", ImageOps.fit), ("pad", ImageOps.pad)])
-def test_pictures_are_cropped_and_padded_as_by_pillow(path, open_page, resize, fitted):
-    page = answered(open_page(path, reduced_motion="reduce"))
-    for shape, size in [
-        ((37, 50), (8, 8)),
-        ((50, 37), (8, 12)),
-        ((9, 16), (16, 9)),
-        ((7, 7), (8, 8)),
-    ]:
-        image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype("uint8")
-        expected = fitted(Image.fromarray(image), size[::-1], Image.Resampling.BILINEAR)
-        found = resized(page, image, size, 3, resize=resize)
-        assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
+def test_pictures_are_cropped_and_padded_as_by_pillow(path, open_page):
+    page = open_page(path, reduced_motion="reduce")
+    for resize, fitted in {"crop": ImageOps.fit, "pad": ImageOps.pad}.items():
+        for shape, size in [((37, 50), (8, 8)), ((50, 37), (8, 12)), ((9, 16), (16, 9))]:
+            image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype("uint8")
+            expected = fitted(Image.fromarray(image), size[::-1], Image.Resampling.BILINEAR)
+            found = resized(page, image, size, 3, resize=resize)
+            assert np.abs(found - np.asarray(expected).astype(int)).max() <= 1
 
 
 def test_a_picture_file_is_answered_as_by_predict(small, path, open_page, tmp_path):
