@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_vit.layers import gelu
+from keras_vit.model import layers_in_inference
 from keras_vit.prediction import predict
 
 # Name of the output of an exported model, and of the file with its metadata.
@@ -48,26 +49,13 @@ def served(model):
         A `keras.Model` from float32 `(B, H, W, C)`, 0 to 255, to `(B, num_classes)`; each row
         sums to one.
     """
-    preprocessing = _preprocessing(model)
+    preprocessing = layers_in_inference(model)
     bare = type(model).from_config({**model.get_config(), "augmentation": preprocessing})
     for layer in bare.layers:
         layer.set_weights(model.get_layer(layer.name).get_weights())
         if getattr(layer, "activation", None) is gelu:
             layer.activation = _gelu_by_erf
     return keras.Model(bare.input, keras.layers.Softmax(dtype="float32")(bare.output))
-
-
-def _preprocessing(model):
-    """The layers of a model's augmentation that also change images in inference."""
-    noise = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:]))
-    noise[0], noise[1] = 0, 255
-    images, kept = noise.astype("float32"), []
-    for layer in model.augmentation:
-        before = images
-        images = keras.ops.convert_to_numpy(layer(before, training=False))
-        if not np.array_equal(before, images):
-            kept.append(layer)
-    return kept
 
 
 def _gelu_by_erf(x):

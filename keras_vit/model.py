@@ -212,8 +212,8 @@ class VisionTransformer(keras.Model):
         is that of the pretrained model: there is no need for `adapt`.
 
         Args:
-            name: string, `"cifar10-strong"` or `"cifar10-quick"`, which come with the package
-                (`keras_vit.list_presets()` describes them); or the path of a `.keras` file.
+            name: string, a preset such as `"cifar10-quick"` (`keras_vit.list_presets()` describes
+                them); or the path of a `.keras` file, or of a `.safetensors` file of timm.
             num_classes: int, number of classes; by default that of `class_names`, else the
                 preset's.
             class_names: list of strings; by default the preset's, for as many classes.
@@ -476,6 +476,19 @@ def augmented_for_display(layers, images, training=False):
     black = np.where(is_constant, result.min(axis=(0, 1, 2)), black)
     white = np.where(is_constant, result.max(axis=(0, 1, 2)), white)
     return 255 * (result - black) / np.where(white == black, 1, white - black)
+
+
+def layers_in_inference(model: VisionTransformer) -> list[keras.layers.Layer]:
+    """The layers of a model's augmentation that also change images in inference."""
+    noise = np.random.default_rng(0).uniform(0, 255, (4, *model.input_shape[1:]))
+    noise[0], noise[1] = 0, 255
+    images, kept = noise.astype("float32"), []
+    for layer in model.augmentation:
+        before = images
+        images = ops.convert_to_numpy(layer(before, training=False))
+        if not np.array_equal(before, images):
+            kept.append(layer)
+    return kept
 
 
 def transformer_block(x, mlp_dim, num_heads, dropout, name, tokens=None, drop_path=0.0, dtype=None):

@@ -96,10 +96,11 @@ def parse(arguments):
     )
     features = add("features", "write what a model's head reads of images, one row each")
     export = add("export", "write a model for another runtime, and compare it there")
+    page = add("page", "write a model as one HTML page that runs it on any picture")
     report = add("report", "write the report of a run again")
     cache = add("cache", "show how large the cache of decoded images is, or clear it")
 
-    for command in (evaluate, predict, explain, features, export):
+    for command in (evaluate, predict, explain, features, export, page):
         command.add_argument(
             "model", metavar="MODEL", type=_path, help="a .keras file, a run directory or a preset"
         )
@@ -108,7 +109,7 @@ def parse(arguments):
             "images", metavar="IMAGE", nargs="+", help="files, folders, or - for a list on stdin"
         )
     report.add_argument("run", metavar="RUN", type=_path, help="run directory")
-    for command in (evaluate, predict, explain, features, report):
+    for command in (evaluate, predict, explain, features, page, report):
         command.add_argument("--backend", choices=BACKENDS, help="what Keras computes with")
     # Any backend's model can be loaded by TensorFlow, which alone writes all formats.
     export.set_defaults(backend="tensorflow")
@@ -118,8 +119,11 @@ def parse(arguments):
         "--dataset", **name, required=True, help="as for train: a folder, file or name"
     )
     export.add_argument("--dataset", **name, help="test images to compare on, else noise")
+    page.add_argument(
+        "--dataset", **name, help="test images to begin with (default: those of the run)"
+    )
     report.add_argument("--dataset", **name, help="where the run's data set lies now")
-    for command in (evaluate, export, report):
+    for command in (evaluate, export, page, report):
         command.add_argument("--data-dir", **name, help="folder of TensorFlow Datasets")
 
     output = {"metavar": "PATH", "type": _path}
@@ -127,6 +131,7 @@ def parse(arguments):
     explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
     features.add_argument("-o", "--output", **output, required=True, help="an .npz file to write")
     export.add_argument("-o", "--output", **output, required=True, help="file or folder to write")
+    page.add_argument("-o", "--output", **output, required=True, help="an .html file to write")
 
     output_format = predict.add_mutually_exclusive_group()
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
@@ -145,6 +150,7 @@ def parse(arguments):
     explain.add_argument(
         "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"
     )
+    page.add_argument("--language", choices=LANGUAGES, default="en", help="of the page")
     export.add_argument(
         "--format",
         metavar="NAME",

@@ -44,11 +44,12 @@ def run(options):
             pictures = pathlib.Path(folder)
             config, language = settings.to_json(), options.language or settings.language
             draw(model, dataset, settings.training, probabilities, history, pictures, language)
-            write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language)
+            path = run_dir.report_in(language, settings.language)
+            write_page(path, model, dataset, config, measured, probabilities, pictures, language)
         except (KeyError, ValueError) as error:
             raise CommandError(f"{run_dir} holds no run to report on: {error}") from error
         run_dir.write_checksums()
-    print(f"Report: {run_dir.report}")
+    print(f"Report: {path}")
     return 0
 
 
@@ -68,13 +69,11 @@ def draw(model, dataset, recipe, probabilities, history, folder, language):
     figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
 
 
-def write_page(run_dir, model, dataset, config, measured, probabilities, pictures, language):
-    """Writes `report.html` of a run; without Jinja2 a warning takes its place."""
+def write_page(path, model, dataset, config, measured, probabilities, pictures, language):
+    """Writes the report of a run; without Jinja2 a warning takes its place."""
     try:
         from keras_vit.reporting.report import write_report
     except ModuleNotFoundError as error:
-        warn(f"report.html was not written: {error}")
+        warn(f"{path.name} was not written: {error}")
         return
-    write_report(
-        run_dir.report, model, dataset, config, measured, probabilities, pictures, language
-    )
+    write_report(path, model, dataset, config, measured, probabilities, pictures, language)

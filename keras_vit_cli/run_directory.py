@@ -30,7 +30,7 @@ from keras_vit.training import (
 )
 from keras_vit.training.checkpoints import newest
 from keras_vit_cli.errors import CommandError, failed_write
-from keras_vit_cli.settings import current_names
+from keras_vit_cli.settings import LANGUAGES, current_names
 
 # Settings that may change when a run resumes.
 MAY_CHANGE = {
@@ -58,11 +58,16 @@ class RunDirectory:
         self.checkpoints = self.path / CHECKPOINTS
         self._of_one_run = (
             *(self.metrics, self.report, self.best_model),
+            *(self.report_in(language) for language in LANGUAGES),
             *(self.path / HISTORY, self.path / TIMING),
         )
 
     def __str__(self):
         return str(self.path)
+
+    def report_in(self, language, own=None):
+        """The path of the report in a language: `report.html` in the run's own."""
+        return self.report if language == own else self.path / f"report.{language}.html"
 
     @classmethod
     def of(cls, settings):

@@ -66,8 +66,8 @@ class Settings:
     )
     init_from: str | None = option(
         None,
-        "start from the weights of a preset (cifar10-strong, cifar10-quick), a .keras file, or a "
-        "run directory; their architecture replaces the recipe's",
+        "start from the weights of a preset such as cifar10-quick, a .keras or .safetensors file, "
+        "or a run directory; their architecture replaces the recipe's",
     )
     extend: int | None = option(
         None,
@@ -249,7 +249,7 @@ def resolve(named):
     _check_together(recipe, training)
     if training.needs_weights and not named.get("init_from"):
         raise CommandError(
-            f"--recipe {recipe} needs --init-from: a preset such as cifar10-strong, a .keras file, "
+            f"--recipe {recipe} needs --init-from: a preset such as cifar10-quick, a .keras file, "
             "or a run directory"
         )
     if named.get("extend") and not named.get("init_from"):

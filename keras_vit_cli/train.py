@@ -111,7 +111,8 @@ def run(settings, figures_dir=None):
         show(metrics, dataset)
         config, language = settings.to_json(), settings.language
         draw(model, dataset, settings.training, probabilities, history, figures, language)
-        write_page(run_dir, model, dataset, config, metrics, probabilities, figures, language)
+        report = run_dir.report
+        write_page(report, model, dataset, config, metrics, probabilities, figures, language)
         run_dir.write_checksums()
         # Without a checkpoint the run counts as finished.
         run_dir.remove_checkpoints()

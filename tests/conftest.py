@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 
 import keras
 import numpy as np
@@ -17,6 +18,13 @@ CLASSES = {
     "accuracy": 1,
     "blå": 2,
 }  # Class names hard to draw, and their channels.
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
 
 PREPARED = pathlib.Path(__file__).resolve().parents[2] / "shared" / "tensorflow_datasets"
 if PREPARED.is_dir():
@@ -57,6 +65,43 @@ def place(tmp_path_factory):
         settings = ["--recipe=baseline", "--learning-rate=0.003", "--epochs=2"]
         assert main.main(["train", *TINY, *words, *settings]) == 0
     return root
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed")
+    with playwright.sync_playwright() as api:
+        browser = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser):
+    """Opens a file; afterwards, nothing may have been complained about or asked for."""
+    contexts, noise = [], []
+
+    def opened(path, **settings):
+        context = browser.new_context(**settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: noise.append(message.text))
+        page.on("pageerror", lambda error: noise.append(str(error)))
+        address = pathlib.Path(path).resolve().as_uri()
+        allowed = (address, "data:", "blob:")
+        page.on(
+            "request",
+            lambda request: request.url.startswith(allowed) or noise.append(request.url),
+        )
+        page.goto(address)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert noise == []
 
 
 # By kind of fault: number tried, number survived, epochs lost, files damaged.

@@ -91,9 +91,14 @@ class Normalization(keras.layers.Layer):
             )
 
     def call(self, inputs):
+        mean = ops.convert_to_tensor(self.mean)
+        return (ops.cast(inputs, self.compute_dtype) - mean) / self.scale
+
+    @property
+    def scale(self):
+        """What each channel is divided by, a tensor `(C,)`; 1 for a constant channel."""
         mean, deviation = ops.convert_to_tensor(self.mean), ops.sqrt(self.variance)
-        scale = ops.where(deviation <= ROUNDING * ops.abs(mean), 1.0, deviation)
-        return (ops.cast(inputs, self.compute_dtype) - mean) / scale
+        return ops.where(deviation <= ROUNDING * ops.abs(mean), 1.0, deviation)
 
     def compute_output_shape(self, input_shape):
         return input_shape

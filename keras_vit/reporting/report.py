@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: the report of a run, and the attention explorer on its own."""
+"""Self-contained HTML pages: the report of a run, the attention explorer, a model that runs."""
 
 import inspect
 import itertools
@@ -16,11 +16,13 @@ from pygments.lexers import PythonLexer
 
 import keras_vit.layers
 from keras_vit.files import atomic_write
-from keras_vit.reporting.explorer import COLOURS, MAX_IMAGES, pack, png_uri
+from keras_vit.reporting import page
+from keras_vit.reporting.explorer import COLOURS, MAX_IMAGES, data_uri, pack, png_uri
 from keras_vit.reporting.texts import TEMPLATES, describe_prediction, load_texts, localize
 from keras_vit.training import step_schedule
 
 SEED = 0
+MAX_NAMES = 12  # Classes that the title of a page lists.
 # For each section, its picture, and the classes and functions whose source it shows.
 SECTIONS = {
     "augmentation": (
@@ -95,7 +97,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         language: `"en"` or `"pl"`.
     """
     facts = _facts(config, metrics, model, dataset, language)
-    texts = _filled(load_texts(language) | {"explained": ""}, facts)
+    texts = _filled(load_texts(language) | {"explained": "", "page": {}}, facts)
     sections = [
         _section(key, picture and pictures / picture, names, texts, facts)
         for key, (picture, names) in SECTIONS.items()
@@ -170,13 +172,53 @@ def write_explorer(path, model, name, images, titles, language="en"):
         Int, the number of images in the page, from the first one on.
 
     Raises:
-        ValueError: if the attention scores of a single image exceed 3 MiB.
+        ValueError: if the mean of the heads' attention scores exceeds 3 MiB for a single image.
     """
     texts = load_texts(language)
     attention = pack(model, images, titles)
     title = _filled(texts["explained"], {"model": name})
     _write(path, "explain.html", language, texts, title=title, attention=attention)
     return len(attention["images"])
+
+
+def write_page(path, model, images=(), labels=(), language="en"):
+    """Writes a model as one HTML file that runs it on any picture, in the browser.
+
+    Whoever opens the file drops, pastes, chooses or photographs a picture, and sees the likeliest
+    classes and the attention of each block, head and patch. Nothing is loaded from anywhere or sent
+    to anyone. The page resizes pictures as `read_image` does, and computes in 32 bits from weights
+    that are stored in 16.
+
+    Args:
+        path: `Path` of the file.
+        model: a `VisionTransformer` for grey or RGB images.
+        images: uint8 array `(B, H, W, C)` of raw pixels, pictures to begin with; the first 12 are
+            used.
+        labels: list of strings, the class of each image.
+        language: `"en"` or `"pl"`.
+
+    Returns:
+        Int, the number of images in the page.
+
+    Raises:
+        ValueError: if the page could not run the model as Keras does: if the model is not a
+            `VisionTransformer` for grey or RGB images; if a layer of its augmentation also acts in
+            inference; if it is quantized; if a weight is not finite; or if it has more than 20
+            million parameters or 33 million attention scores per image.
+    """
+    packed, texts = page.pack(model), load_texts(language)
+    names = list(model.class_names or map(str, range(model.output_shape[-1])))
+    facts = {"first": ", ".join(names[:-1]), "last": names[-1], "count": len(names)}
+    texts["page"] = _filled(texts["page"], {**facts, **packed["sizes"]})
+    title = texts["page"]["which" if 1 < len(names) <= MAX_NAMES else "which_of_many"]
+    pictures = [
+        {"source": data_uri(image), "label": label}
+        for image, label in itertools.islice(zip(images, labels), MAX_IMAGES)
+    ]
+    context = {"model": packed, "classes": names, "pictures": pictures}
+    title = title[0].upper() + title[1:]
+    _write(path, "page.html", language, texts, title=title, **context)
+    return len(pictures)
 
 
 def _write(path, template, language, texts, **context):

@@ -496,6 +496,8 @@ WRONG = {
     "predict {model} x.png --top 0": "--top must be at least 1, but is 0",
     "predict {images} x.png": "images is a folder. It holds no model.keras.",
     "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
+    "page {model} -o page": "--output must end in .html, but is page",
+    "page {model} -o x.html --dataset digits": "digits has images of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
@@ -559,3 +561,22 @@ def test_help_answers_without_importing_keras():
         assert timed.returncode == 0
         assert "usage: keras-vit" in timed.stdout
         assert " keras\n" not in timed.stderr and " numpy\n" not in timed.stderr
+
+
+def test_a_page_begins_with_the_test_images_of_the_run(place, capsys, tmp_path):
+    model, output = place / "run" / "model.keras", tmp_path / "new" / "page.html"
+    assert run("page", model, "-o", output) == 0
+    assert re.search(r"page.html, 0.1 MB, with 12 test images of", capsys.readouterr().out)
+    labels = re.findall(r'<button type="button".*title="([^"]*)"', output.read_text("utf-8"))
+    assert {name: labels.count(name) for name in CLASSES} == {"$_$": 6, "accuracy": 4, "blå": 2}
+    # Away from its run, a model begins without images.
+    alone = tmp_path / "model.keras"
+    shutil.copy(model, alone)
+    assert run("page", alone, "-o", output) == 0
+    assert "with no images" in capsys.readouterr().out
+    # Where the run's images are gone, too, and the page says so.
+    config = json.loads((place / "run" / "config.json").read_text(encoding="utf-8"))
+    changed = {**config, "dataset": str(tmp_path / "gone")}
+    (tmp_path / "config.json").write_text(json.dumps(changed), encoding="utf-8")
+    assert run("page", alone, "-o", output) == 0
+    assert "begins without images, because" in capsys.readouterr().err

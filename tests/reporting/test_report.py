@@ -1,5 +1,6 @@
 """The report and the attention explorer in a real browser, beside NumPy and the run's files."""
 
+import base64
 import hashlib
 import json
 import os
@@ -25,52 +26,9 @@ from keras_vit.reporting.texts import load_texts
 from keras_vit_cli import main
 from keras_vit_cli import report as report_command
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-# Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 ROWS, COLUMNS, BLOCKS, HEADS = 2, 3, 3, 2
 # Where screenshots are wanted, for looking at.
 SCREENSHOTS = os.environ.get("KERAS_VIT_SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as api:
-        browser = api.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def open_page(browser):
-    """Opens a file; afterwards, nothing may have been complained about or asked for."""
-    contexts, noise = [], []
-
-    def opened(path, **settings):
-        context = browser.new_context(**settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: noise.append(message.text))
-        page.on("pageerror", lambda error: noise.append(str(error)))
-        address = pathlib.Path(path).resolve().as_uri()
-        allowed = (address, "data:")
-        page.on(
-            "request",
-            lambda request: request.url.startswith(allowed) or noise.append(request.url),
-        )
-        page.goto(address)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert noise == []
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +193,31 @@ def test_a_finger_does_so_too(explorer, open_page):
     assert page.locator("#query").inner_text() == "from row 1, column 2 · pinned"
 
 
+def test_the_strength_of_the_overlay_can_be_set(explorer, open_page):
+    page = open_page(explorer)
+    darkest = """() => {
+      const canvas = document.querySelector("#overlay canvas");
+      const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+      return Math.max(...data.filter((_, i) => i % 4 === 3));
+    }"""
+    slide(page, "#strength", 0.2)
+    assert page.evaluate(darkest) == 0.2 * 255
+
+
+def test_on_a_phone_the_image_comes_before_the_controls(small, open_page, tmp_path):
+    model, images = small
+    path = tmp_path / "explorer.html"
+    write_explorer(path, model, "small", images, ["a_long_name_" * 9, "b", "c", "d"])
+    page = open_page(path, viewport={"width": 390, "height": 844})
+    tops = [page.locator(x).first.bounding_box()["y"] for x in (".panels", ".controls")]
+    assert tops == sorted(tops)
+    first, second = (page.locator(".thumbnails button").nth(i).bounding_box() for i in (0, 1))
+    assert first["y"] == second["y"] and first["x"] + first["width"] <= second["x"]
+    overflow = "() => document.querySelector('.thumbnails span').scrollWidth - 96"
+    assert page.evaluate(overflow) <= 0
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
 def test_titles_are_text_and_nothing_else(explorer, open_page):
     page = open_page(explorer)
     page.locator(".thumbnails button").nth(1).click()
@@ -247,8 +230,16 @@ def test_what_does_not_fit_into_a_page_is_left_out(small, monkeypatch):
     one = BLOCKS * HEADS * (1 + ROWS * COLUMNS) ** 2
     monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", 2 * one + 1)
     assert len(pack(model, images, list("abcd"))["images"]) == 2
+    # What is too much for a single image is fused to the mean of its heads.
     monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", one - 1)
-    with pytest.raises(ValueError, match=f"Received: model with {one}"):
+    packed = pack(model, images, list("abcd"))
+    assert packed["heads"] == len(packed["images"]) == 1
+    levels = np.frombuffer(base64.b64decode(packed["levels"]), "uint8").reshape(BLOCKS, 7, 7)
+    scales = np.frombuffer(base64.b64decode(packed["scales"]), "<f4").reshape(BLOCKS, 7, 1)
+    expected = attention_scores(model, images[:1])[0].mean(axis=1)
+    np.testing.assert_allclose((levels / 255) ** 2 * scales, expected, atol=0.005)
+    monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", one // HEADS - 1)
+    with pytest.raises(ValueError, match=f"Received: model with {one // HEADS}"):
         pack(model, images, list("abcd"))
     assert MAX_BYTES * 4 / 3 < 5 * 2**20  # In base64, and the report's pictures beside it.
 
@@ -322,7 +313,9 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     assert sums["report.html"] == hashlib.sha256(content).hexdigest()
     assert main.main(["report", str(again), "--language", "pl"]) == 0
     assert languages == ["pl"]
-    page = open_page(again / "report.html")
+    assert "report.pl.html" in (again / "SHA256SUMS").read_text()
+    assert (again / "report.html").read_text(encoding="utf-8") == after
+    page = open_page(again / "report.pl.html")
     assert page.locator("html").get_attribute("lang") == "pl"
     assert "Cięcie obrazu na łatki" in page.locator("#patches h2").inner_text()
     assert re.search(r"\d,\d\d%", page.locator(".headline").inner_text())

@@ -12,105 +12,31 @@
     made.textContent = text;
     return made;
   };
-  // On this page token 0 is what the head reads, and tokens 1, 2, ... are the patches, row by row.
-  // Without a class token, token 0 is the mean of the patches, and the matrices have no row for it.
-  const shift = data.class_token ? 0 : 1;
   const pooled = data.class_token ? texts.class_token : texts.mean_of_patches;
-  const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, pinned: false };
+  const state = { image: 0, query: 0, target: null, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0, strength: 0.6, pinned: false };
   // With 8 bits per score, only two digits are significant.
   const digits = (weight) => (100 * weight).toFixed(weight < 0.1 ? 1 : 0).replace(".", texts.decimal);
   const percent = (weight) => digits(weight) + " %";
   const nameOf = (token) => token === 0 ? pooled
     : texts.patch.replace("{row}", Math.ceil(token / columns)).replace("{column}", (token - 1) % columns + 1);
 
-  // The attention matrix of one head. Stored are square roots of scores relative to the maximum of their row.
-  function attentionOf(block, head) {
-    const matrix = new Float32Array(tokens * tokens);
-    const start = ((state.image * blocks + block) * heads + head) * tokens;
-    for (let row = 0; row < tokens; row++) {
-      let sum = 0;
-      for (let column = 0; column < tokens; column++) {
-        const value = (levels[(start + row) * tokens + column] / 255) ** 2 * scales[start + row];
-        matrix[row * tokens + column] = value;
-        sum += value;
-      }
-      for (let column = 0; column < tokens; column++) matrix[row * tokens + column] /= sum;
-    }
-    return matrix;
+  // A row of the attention matrix of one head. Stored are square roots of scores relative to the maximum of the row.
+  function scoresOf(block, head, i) {
+    const start = ((state.image * blocks + block) * heads + head) * tokens + i, row = new Float64Array(tokens);
+    let sum = 0;
+    for (let j = 0; j < tokens; j++) sum += row[j] = (levels[start * tokens + j] / 255) ** 2 * scales[start];
+    return row.map((score) => score / sum);
   }
 
-  // The heads of a block fused into one matrix, or the matrix of the selected head.
-  function fused(block) {
-    if (!isNaN(state.head)) return attentionOf(block, Number(state.head));
-    const all = Array.from({ length: heads }, (_, head) => attentionOf(block, head));
-    const fuse = { mean: (v) => v.reduce((a, b) => a + b) / heads, max: (v) => Math.max(...v), min: (v) => Math.min(...v) }[state.head];
-    return Float32Array.from(all[0], (_, index) => fuse(all.map((matrix) => matrix[index])));
-  }
-
-  // The factor of a block in the rollout: attention without its smallest weights, plus the residual connection.
-  function step(block) {
-    const matrix = fused(block), count = Math.floor(tokens * tokens * state.discard);
-    if (count > 0) {
-      const order = Array.from(matrix.keys()).sort((a, b) => matrix[a] - matrix[b]);
-      for (const index of order.slice(0, count)) if (shift || index % tokens) matrix[index] = 0;
-    }
-    for (let row = 0; row < tokens; row++) {
-      if (state.residual) matrix[row * tokens + row] += 1;
-      let sum = 0;
-      for (let column = 0; column < tokens; column++) sum += matrix[row * tokens + column];
-      if (sum > 0) for (let column = 0; column < tokens; column++) matrix[row * tokens + column] /= sum;
-    }
-    return matrix;
-  }
-
-  const cache = { key: "", steps: [] };
-  function steps() {
-    const key = [state.image, state.head, state.residual, state.discard].join();
-    if (cache.key !== key) Object.assign(cache, { key, steps: Array.from({ length: blocks }, (_, block) => step(block)) });
-    return cache.steps;
-  }
-
-  // The query's row of the product of all steps up to a block, multiplied from the last to the first.
-  function rollout(upTo) {
-    let row = queryWeights();
-    for (let block = upTo - 1; block >= 0; block--) {
-      const matrix = steps()[block], next = new Float64Array(tokens);
-      for (let i = 0; i < tokens; i++) if (row[i]) for (let j = 0; j < tokens; j++) next[j] += row[i] * matrix[i * tokens + j];
-      row = next;
-    }
-    return row;
-  }
-
-  // The weight of each row of a matrix in the query: a single row, or all of them for the mean.
-  function queryWeights() {
-    const row = new Float64Array(tokens);
-    if (shift && state.query === 0) return row.fill(1 / tokens);
-    row[state.query - shift] = 1;
-    return row;
-  }
-
-  function attended(block) {
-    const matrix = fused(block - 1), row = new Float64Array(tokens);
-    queryWeights().forEach((weight, i) => { if (weight) for (let j = 0; j < tokens; j++) row[j] += weight * matrix[i * tokens + j]; });
-    return row;
-  }
-
-  // The weight of each token in the current view. No token attends to the mean of the patches.
-  function weights(block) {
-    const row = state.view === "rollout" ? rollout(block) : attended(block);
-    return shift ? Float64Array.from([0, ...row]) : row;
-  }
+  const maps = attentionMaps(data, scoresOf);
+  const weights = (block) => maps({ ...state, block });
 
   function paint(canvas, values, colour) {
+    const [low, high] = rangeOf(values, state.query);
     canvas.width = columns;
     canvas.height = rows;
-    const patches = Array.from(values).slice(1);
-    // With the residual connection, most of a patch's weight stays with itself and would hide the others.
-    let others = patches.filter((_, index) => index + 1 !== state.query);
-    if (others.length === 0) others = patches;
-    const low = Math.min(...others), high = Math.max(...others);
     const pixels = canvas.getContext("2d").createImageData(columns, rows);
-    patches.forEach((value, index) => pixels.data.set(colour(high > low ? Math.min(Math.max((value - low) / (high - low), 0), 1) : 0), 4 * index));
+    values.slice(1).forEach((value, index) => pixels.data.set(colour(fractionOf(value, low, high)), 4 * index));
     canvas.getContext("2d").putImageData(pixels, 0, 0);
     return [low, high];
   }
@@ -119,7 +45,7 @@
     const position = fraction * (colours.length - 1), below = Math.min(Math.floor(position), colours.length - 2);
     return [0, 1, 2].map((i) => colours[below][i] + (position - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
   };
-  const shade = (fraction) => [0, 0, 0, 255 * 0.75 * (1 - fraction)];
+  const shade = (fraction) => [0, 0, 0, 255 * state.strength * (1 - fraction)];
 
   function mark(selector, token) {
     document.querySelectorAll(".explorer " + selector).forEach((box) => {
@@ -198,14 +124,16 @@
     button.onclick = () => set({ block });
   }
   for (const [value, text] of [["mean", texts.mean], ["max", texts.max], ["min", texts.min]]) element("option", $("#head"), text).value = value;
+  $("#head").parentElement.hidden = heads === 1;
   for (let head = 0; head < heads; head++) element("option", $("#head"), `${texts.head} ${head + 1}`).value = head;
   $("#block").max = blocks;
   $("#view").onchange = (event) => set({ view: event.target.value });
   $("#head").onchange = (event) => set({ head: event.target.value });
   $("#block").oninput = (event) => set({ block: Number(event.target.value) });
+  $("#strength").oninput = (event) => set({ strength: Number(event.target.value) });
   $("#residual").onchange = (event) => set({ residual: event.target.checked });
   $("#discard").oninput = (event) => set({ discard: Number(event.target.value) });
-  if (shift) $("#class-token").textContent = texts.from_mean;
+  if (!data.class_token) $("#class-token").textContent = texts.from_mean;
   $("#class-token").onclick = () => set({ query: 0, pinned: false, target: null });
 
   // Pointing selects the query patch. A click or tap pins it; pointing then shows the weight of each patch.
