@@ -138,8 +138,8 @@ def table(runs):
             f"`{commands.pop()}`",
         )
         rows.append(f"| {' | '.join(cells)} |")
-    for recipe in RECIPES:
-        if recipe not in runs and recipe != "digits":
+    for recipe, settings in RECIPES.items():
+        if recipe not in runs and recipe != "digits" and not settings.needs_weights:
             line = f"`python train.py --recipe {recipe}`"
             rows.append(f"| **{recipe}** | | | | not run yet | | | | | | {line} |")
     for name, parameters, epochs, operations, accuracy, repository in PEERS:

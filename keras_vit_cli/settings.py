@@ -114,7 +114,7 @@ FIRST_OPTIONS = {
     *("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "dropout", "augmentation"),
 }
 # A path may begin with `~`, which shells leave in `--output=~/x`.
-PATHS = ("dataset", "data_dir", "output", "figures_dir")
+PATHS = ("dataset", "data_dir", "init_from", "output", "figures_dir")
 OPTIONS = {field.name: field for field in (*RUN_OPTIONS, *RECIPE_OPTIONS)}
 
 

@@ -488,7 +488,8 @@ def test_frozen_layers_stay_frozen_in_a_file_including_nested_ones(tmp_path):
     assert not keras_vit.VisionTransformer.from_config(config).get_layer("head").trainable
 
 
-@pytest.mark.parametrize("mode", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_a_quantized_model_is_loaded_as_it_was_saved(mode, tmp_path):
     model = make_model(depth=1)
     images = random_images(11, 6, 8, 8, 3)
@@ -526,7 +527,9 @@ def test_a_model_from_its_config_has_the_same_graph(model):
         pytest.param("import keras, keras_vit", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+@pytest.mark.parametrize(
+    "backend", ["tensorflow", *(pytest.param(x, marks=pytest.mark.slow) for x in ("jax", "torch"))]
+)
 def test_another_process_can_load_the_file_on_any_backend(backend, imports, model, saved, tmp_path):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")

@@ -497,7 +497,7 @@ WRONG = {
     "predict {images} x.png": "images is a folder. It holds no model.keras.",
     "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
     "page {model} -o page": "--output must end in .html, but is page",
-    "page {model} -o x.html --dataset digits": "digits has images of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9",
+    "page {model} -o x.html --dataset digits": "takes images of (20, 24, 3), digits has (32",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",

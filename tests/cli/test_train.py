@@ -17,7 +17,7 @@ import pytest
 from conftest import coloured
 
 from keras_vit import data, devices, files, training
-from keras_vit.reporting import figures
+from keras_vit.reporting import figures, representations
 from keras_vit.training import checkpoints
 from keras_vit_cli import backend, inputs, main, settings
 from keras_vit_cli import train as train_command
@@ -32,6 +32,12 @@ TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--patch
 @pytest.fixture(autouse=True)
 def keep_the_backend(monkeypatch):
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
+
+
+@pytest.fixture(autouse=True)
+def draw_no_representations(monkeypatch):
+    """Four of a run's pictures, which take longest; `tests/reporting` looks at them."""
+    monkeypatch.setattr(representations, "draw_all", lambda *_, **__: None)
 
 
 def train(*arguments, folder):
@@ -208,14 +214,6 @@ def test_a_recipe_that_promises_a_number_of_images_takes_more_epochs_of_fewer(ca
     assert train_command.with_epochs(strong, 3_068) == strong
 
 
-def test_an_image_size_is_for_folders(capsys, tmp_path):
-    assert main.train(["--image-size=48"]) == 2
-    assert (
-        capsys.readouterr().err
-        == "error: an image size is only for folders of images, and cifar10 is not one\n"
-    )
-
-
 def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkeypatch, tmp_path):
     load = data.load_dataset
 
@@ -232,7 +230,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
     folder = tmp_path / "runs" / "digits-digits-seed0"
     assert json.loads((folder / "config.json").read_text())["dataset"] == "digits"
     assert json.loads((folder / "metrics.json").read_text())["dataset"] == "digits"
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 11
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
     assert "images of digits" in captured.out
 
 
@@ -312,6 +310,7 @@ def test_what_no_run_can_go_on_with_is_left_alone(others, capsys, tmp_path):
         assert (tmp_path / "run" / name).read_text() == content
 
 
+@pytest.mark.slow
 def test_overwriting_leaves_the_checkpoints_of_others(monkeypatch, tmp_path):
     place = tmp_path / "run" / "checkpoints" / "epoch-1.ckpt"
     place.parent.mkdir(parents=True)
@@ -457,7 +456,7 @@ def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, t
     assert [again[key] for key in ("accuracy", "loss")] == [
         metrics[key] for key in ("accuracy", "loss")
     ]
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 11
+    assert len(list((tmp_path / "figures").glob("*.png"))) == 7
     assert train("--dataset=digits", folder=tmp_path) == 2
 
 
@@ -541,6 +540,7 @@ def test_a_folder_that_another_run_has_is_refused(capsys, tmp_path):
     assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_file_named_like_the_digits_is_not_taken_for_them(tmp_path):
     digits = data.load_dataset("digits")
     arrays = {"x_train": digits.train_images[:300], "y_train": digits.train_labels[:300]}

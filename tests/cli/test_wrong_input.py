@@ -95,7 +95,10 @@ CONFIGS = [
     (b'{"milestones": [true]}', "milestones = [True], expected a value of type tuple"),
     (b'{"milestones": [0.5, 2]}', "--milestones must be below 1, but is 2"),
     (b'{"augmentation": 1}', "augmentation = 1, expected a value of type bool"),
-    (b'{"recipe": "best"}', "--recipe must be one of baseline, strong, quick, digits, not best"),
+    (
+        b'{"recipe": "best"}',
+        "--recipe must be one of baseline, strong, quick, finetune, digits, not best",
+    ),
     (b'{"dataset": ["digits"]}', "dataset = ['digits'], expected a value of type str"),
     (b'{"dataset": null}', "dataset = None, expected a value of type str"),
     (b'{"output": ""}', "--output must not be empty"),

@@ -376,6 +376,7 @@ def test_drop_path_zeroes_some_images_and_rescales_the_others():
 # All layers in one model
 
 
+@pytest.mark.slow
 def test_a_model_with_all_layers_trains_and_can_be_saved_and_loaded(tmp_path):
     model = small_model(augmentation=[TrivialAugment(seed=1), MixUpCutMix()], stochastic_depth=0.2)
     images, labels = random_images(8, 40, 8, 8, 3), np.arange(40) % 4
@@ -391,6 +392,7 @@ def test_a_model_with_all_layers_trains_and_can_be_saved_and_loaded(tmp_path):
     assert loaded.loss.label_smoothing == 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="`fit` compiles on JAX")
 def test_xla_compiles_all_layers():
     model = small_model(augmentation=[TrivialAugment(), MixUpCutMix()], stochastic_depth=0.2)

@@ -97,7 +97,7 @@ def patterns(texts):
     return [pattern for value in values for pattern in patterns(value)]
 
 
-@pytest.mark.parametrize("language", ["en", "pl"])
+@pytest.mark.parametrize("language", [pytest.param("en", marks=pytest.mark.slow), "pl"])
 def test_all_texts_in_pictures_are_of_the_language(
     tmp_path, model, dataset, probabilities, monkeypatch, language
 ):

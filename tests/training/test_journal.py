@@ -129,6 +129,7 @@ def test_a_cosine_schedule_with_muon_resumes_in_every_precision(precision, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_a_run_can_resume_in_another_precision(capsys, tmp_path):
     assert train(tmp_path, (2, 3)) is None
     assert train(tmp_path, precision="mixed_bfloat16") is not None
@@ -160,6 +161,7 @@ def test_sigterm_interrupts_like_ctrl_c(tmp_path):
     assert checkpoints.newest(tmp_path / "checkpoints").batch == 2
 
 
+@pytest.mark.slow
 def test_a_second_signal_acts_at_once_and_the_last_checkpoint_stays_intact(uninterrupted, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Some shells ignore it.
     try:
@@ -222,6 +224,7 @@ def writing(request, monkeypatch):
     monkeypatch.setattr(journal, "accelerators", lambda: request.param)
 
 
+@pytest.mark.slow
 def test_checkpoints_written_either_way_give_the_same_result(writing, uninterrupted, tmp_path):
     for stop in ((1, 2), (2, 5)):
         assert train(tmp_path, stop, save_every=2) is None

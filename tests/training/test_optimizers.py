@@ -139,6 +139,7 @@ def test_the_iteration_in_bfloat16_is_close_to_float32():
     np.testing.assert_allclose(half, full, atol=0.1 * np.abs(full).max())
 
 
+@pytest.mark.slow
 def test_a_model_compiled_with_muon_trains_and_can_be_saved_and_loaded(tmp_path):
     model = small_model()
     images = np.random.default_rng(0).integers(0, 256, (32, 8, 8, 3)).astype("uint8")

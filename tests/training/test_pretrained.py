@@ -109,6 +109,7 @@ def test_an_extended_run_continues_the_optimizer_with_a_new_schedule(parent):
     assert int(model.optimizer.iterations) == 0 < int(parent.optimizer.iterations)
 
 
+@pytest.mark.slow
 def test_an_extended_run_resumes_bit_for_bit(parent, tmp_path):
     for name in ("whole", "stopped"):
         (tmp_path / name).mkdir()
