@@ -102,7 +102,7 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     content = json.dumps([VERSION, size or multiple_of, resize, listed])
     paths = [folder / file.path for file in files]
     with _cache() as place:
-        key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size))
+        key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size, resize))
         # A folder that was moved or copied finds its images under their content.
         array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
         errors = array.with_suffix(".json")
