@@ -82,7 +82,7 @@ def copy_weights(source, target, head=True):
         pairs = zip(_saved(layer), _saved(layers[layer.name]), strict=True)
         for variable, new in pairs:
             if layer.name == "head" and not head:
-                new.assign(ops.zeros_like(new))
+                new.assign(np.zeros(new.shape))
                 continue
             value = ops.convert_to_numpy(variable)
             if layer.name == "position_embedding":

@@ -29,7 +29,7 @@ def run(source, folder, monkeypatch):
 
 def test_the_readme_example_runs(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    *_, lines = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     defined = run(lines, tmp_path, monkeypatch)
     # The shapes in its comments.
     assert defined["scores"].shape == (8, 2, 8, 65, 65)
