@@ -72,6 +72,8 @@ def _ended(function, *arguments):
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         return 130
+    finally:
+        streams.flush()
 
 
 def parse(arguments):

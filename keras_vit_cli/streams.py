@@ -1,6 +1,7 @@
 """stdout and stderr that take any name, and that nobody has to read to the end."""
 
 import codecs
+import contextlib
 import io
 import os
 import sys
@@ -37,6 +38,13 @@ def prepare(must_be_read=False):
             setattr(sys, name, stream)
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=ESCAPE)
+
+
+def flush():
+    """Hands on what was printed, even if the process is about to end without a clean-up."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # None, unread, closed.
+            stream.flush()
 
 
 class Unread(io.FileIO):
