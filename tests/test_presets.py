@@ -1,5 +1,6 @@
 """Pretrained weights: the presets of the package, other classes, other sizes, half precision."""
 
+import hashlib
 import json
 import zipfile
 
@@ -128,12 +129,16 @@ def test_half_precision_rounds_matrices_alone_and_drops_the_optimizer(model, ima
 
 def test_the_presets_are_small_and_described_and_intact():
     assert list(keras_vit.list_presets())
+    sums = (presets.FOLDER / "SHA256SUMS").read_text().splitlines()
+    sums = {name: digest for digest, name in (line.split("  ") for line in sums)}
     size = 0
     for name, card in keras_vit.list_presets().items():
         model = presets.load_preset(name)
         assert card.startswith(f"# {name}\n") and "`python train.py" in card
         assert model.input_shape == (None, 32, 32, 3) and len(model.class_names) == 10
-        size += (presets.FOLDER / f"{name}.keras").stat().st_size
+        content = (presets.FOLDER / f"{name}.keras").read_bytes()
+        assert hashlib.sha256(content).hexdigest() == sums[f"{name}.keras"]
+        size += len(content)
     assert size <= 8e6
 
 
