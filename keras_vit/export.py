@@ -87,9 +87,9 @@ def metadata(model):
     """
     height, width, channels = model.input_shape[1:]
     normalization = model.get_layer("normalization")
-    mean, variance = (
+    mean, scale = (
         [float(x) for x in keras.ops.convert_to_numpy(values).ravel()]
-        for values in (normalization.mean, normalization.variance)
+        for values in (normalization.mean, normalization.scale)
     )
     return {
         "class_names": model.class_names and list(model.class_names),
@@ -102,13 +102,13 @@ def metadata(model):
             "values": "float32 from 0 to 255",
         },
         "resizing": {
-            "aspect_ratio": getattr(model, "resize", "squash"),
+            "aspect_ratio": model.resize,
             "interpolation": "bilinear, antialiased",
         },
         "normalization": {
             "place": "inside the model: do not normalize the images",
             "mean": mean,
-            "standard_deviation": [math.sqrt(x) for x in variance],
+            "standard_deviation": scale,
         },
         "output": {"name": OUTPUT, "values": "one probability per class, in their order"},
     }

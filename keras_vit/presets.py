@@ -37,7 +37,7 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
         ModelError: if there is no such preset or file, or if it cannot be loaded safely.
     """
     path = pathlib.Path(name)
-    if is_preset(name):
+    if str(name) in list_presets():
         path = FOLDER / f"{name}.keras"
     elif path.suffix == ".safetensors":
         return read_timm(path)
@@ -50,11 +50,6 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
     if not isinstance(model, VisionTransformer):
         raise ModelError(f"{name} holds a {type(model).__name__}, not a VisionTransformer")
     return model
-
-
-def is_preset(name):
-    """Whether a preset has this name."""
-    return (FOLDER / f"{name}.md").exists() and pathlib.Path(name).name == str(name)
 
 
 def write_preset(model: VisionTransformer, path: pathlib.Path) -> None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 
 import numpy as np
+from keras import ops
 
 from keras_vit.files import atomic_write
 from keras_vit.loading import ModelError
@@ -37,7 +38,7 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
     config = model.get_config()
     height, width, channels = config["image_shape"]
     normalization = model.get_layer("normalization")
-    mean, variance = (np.asarray(x) for x in normalization.get_weights()[:2])
+    mean, scale = map(ops.convert_to_numpy, (normalization.mean, normalization.scale))
     is_mean = model.pooling == "mean"
     facts = {
         "arguments": {
@@ -54,7 +55,7 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
             "fc_norm": False,
         },
         "mean": (mean / 255).tolist(),
-        "std": (np.sqrt(variance) / 255).tolist(),
+        "std": (scale / 255).tolist(),
         "class_names": config["class_names"],
     }
     tensors = {

@@ -21,19 +21,17 @@ from keras_vit.files import visible
 from keras_vit.prediction import read_for
 from keras_vit.presets import load_preset
 from keras_vit_cli.errors import CommandError
+from keras_vit_cli.run_directory import RunDirectory
 
 BATCH_SIZE = 256
 
 
 def load_model(path):
     """The `VisionTransformer` of a preset, a file or a run directory."""
-    if (path / "model.keras").is_file():
-        path = path / "model.keras"
     try:
-        model = load_preset(path)
+        return load_preset(RunDirectory.model_of(path))
     except loading.ModelError as error:
         raise CommandError(str(error)) from error
-    return model
 
 
 def class_names(model):

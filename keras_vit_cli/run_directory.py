@@ -65,6 +65,12 @@ class RunDirectory:
     def __str__(self):
         return str(self.path)
 
+    @classmethod
+    def model_of(cls, path):
+        """The model of a run directory; any other path as it is."""
+        model = cls(path).model
+        return model if model.is_file() else path
+
     def report_in(self, language, own=None):
         """The path of the report in a language: `report.html` in the run's own."""
         return self.report if language == own else self.path / f"report.{language}.html"

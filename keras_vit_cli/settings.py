@@ -191,7 +191,7 @@ def settings_to_extend(run, epochs):
         run: string, its run directory.
         epochs: int.
     """
-    config = pathlib.Path(run or "") / "config.json"
+    config = pathlib.Path(run or "").expanduser() / "config.json"
     if not run or not config.is_file():
         raise CommandError(
             f"--extend {epochs} needs the directory of a finished run, as --init-from "
@@ -215,12 +215,17 @@ def settings_to_extend(run, epochs):
 def _recipe_of_help(arguments):
     """The recipe whose defaults `--help` shows: the one that this command line trains."""
     parser = Parser(add_help=False, allow_abbrev=False)
-    for name in ("--recipe", "--dataset"):
+    for name in ("--recipe", "--dataset", "--init-from"):
         parser.add_argument(name, nargs="?")
     chosen = parser.parse_known_args(arguments)[0]
     if chosen.recipe in RECIPES:
         return chosen.recipe
-    return DEFAULT_RECIPES.get(chosen.dataset, DEFAULT_RECIPE)
+    return _default_recipe(chosen.dataset, chosen.init_from)
+
+
+def _default_recipe(dataset, init_from):
+    """The recipe where the user names none."""
+    return FINETUNE if init_from else DEFAULT_RECIPES.get(dataset, DEFAULT_RECIPE)
 
 
 def resolve(named):
@@ -238,10 +243,7 @@ def resolve(named):
     for name, value in named.items():
         _check(OPTIONS[name], value)
     named = {x: os.path.expanduser(y) if y and x in PATHS else y for x, y in named.items()}
-    default = DEFAULT_RECIPES.get(named.get("dataset", Settings.dataset), DEFAULT_RECIPE)
-    if named.get("init_from"):
-        default = FINETUNE
-    recipe = named.get("recipe") or default
+    recipe = named.get("recipe") or _default_recipe(named.get("dataset"), named.get("init_from"))
     changed = {x.name: named[x.name] for x in RECIPE_OPTIONS if x.name in named}
     training = dataclasses.replace(RECIPES[recipe], **changed)
     if training.schedule != "cosine" and "warmup" not in named:

@@ -163,12 +163,10 @@ def load(settings):
 
 def load_pretrained(settings):
     """The model that a run starts from; None if it starts from nothing."""
-    name = settings.init_from
-    if name is None:
+    if settings.init_from is None:
         return None
-    run_dir = RunDirectory(name)
     try:
-        return load_preset(run_dir.model if run_dir.config.exists() else name)
+        return load_preset(RunDirectory.model_of(settings.init_from))
     except ModelError as error:
         raise CommandError(f"--init-from {error}") from error
 

@@ -120,6 +120,17 @@ def test_what_is_no_file_of_tensors_is_refused(tmp_path):
             read_timm(path)
 
 
+def test_a_constant_channel_is_divided_by_one_there_as_well(tmp_path):
+    model, images = make_model(), random_images(5, 6, *SIZES["image_shape"])
+    images[..., 1] = 9
+    with pytest.warns(UserWarning, match="constant"):
+        model.adapt(images)
+    write_timm(model, tmp_path / "model.safetensors")
+    assert facts_of(tmp_path / "model.safetensors")["std"][1] == pytest.approx(1 / 255)
+    again = read_timm(tmp_path / "model.safetensors")
+    np.testing.assert_allclose(predict(again, images), predict(model, images), atol=1e-5)
+
+
 def test_weights_in_half_precision_are_read_as_float32(model, path):
     tensors, metadata = load_file(path), {"keras_vit": json.dumps(facts_of(path))}
     save_file({name: x.astype("float16") for name, x in tensors.items()}, path, metadata)
