@@ -11,6 +11,7 @@ from keras_vit import loading
 from keras_vit.data import (
     DatasetError,
     ImageError,
+    different_classes,
     has_fixed_size,
     load_dataset,
     load_unseen,
@@ -37,11 +38,6 @@ def load_model(path):
 def class_names(model):
     """The class names that a model carries; numbers where it has none."""
     return model.class_names or tuple(str(label) for label in range(model.output_shape[-1]))
-
-
-def enumerated(names, most=10):
-    """The first of some names, for a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def load_suitable(model, path, name, data_dir):
@@ -89,10 +85,7 @@ def check_suits(model, path, dataset):
     known = None if model.class_names is None else tuple(map(composed, model.class_names))
     if len(names) != count or known not in (None, tuple(map(composed, names))):
         of = "the folder's" if dataset.manifest is not None else f"those of {dataset.name}"
-        raise CommandError(
-            f"The model's classes ({enumerated(class_names(model))}) differ from {of} "
-            f"({enumerated(names)})."
-        )
+        raise CommandError(different_classes(class_names(model), names, of))
 
 
 def image_batches(words, model):

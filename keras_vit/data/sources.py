@@ -17,6 +17,7 @@ from keras_vit.data.folders import (
     VALIDATION,
     check_trainable,
     composed,
+    enumerated,
     list_folder,
     read_folder,
     warn,
@@ -161,14 +162,23 @@ def _with_labels_of_a_model(dataset, class_names):
     new_labels = np.array([places.get(composed(name), -1) for name in names])[labels]
     kept, others = new_labels >= 0, [name for name in names if composed(name) not in places]
     if not kept.any():
-        raise DatasetError(
-            f"{dataset.name} has images of {', '.join(others)}, expected some of "
-            f"{', '.join(class_names)}"
-        )
+        raise DatasetError(different_classes(class_names, others, f"those of {dataset.name}"))
     left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
     pair = (images if kept.all() else images[kept]), new_labels[kept]
     flip = dataset.horizontal_flip
     return Dataset(dataset.name, *pair, *pair, class_names, flip), left_out
+
+
+def different_classes(expected, received, of):
+    """The message for data with other classes than a model's.
+
+    Args:
+        expected: list of strings, the class names of the model.
+        received: list of strings, those of the data.
+        of: string, whose they are, such as "the folder's".
+    """
+    ours, theirs = enumerated(expected), enumerated(received)
+    return f"The model's classes ({ours}) differ from {of} ({theirs})."
 
 
 def _of_other_classes(names):
@@ -184,10 +194,7 @@ def _load_unseen_files(folder, image_size, class_names, seen, resize):
         places = {composed(name): place for place, name in enumerate(class_names)}
         others = [name for name in names if name not in places]
         if len(others) == len(names):
-            raise DatasetError(
-                f"{folder} has images of {', '.join(others)}, expected some of "
-                f"{', '.join(class_names)}"
-            )
+            raise DatasetError(different_classes(class_names, others, "the folder's"))
         images, files = read_folder(path, listed, image_size, resize)
     reasons = {
         "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,

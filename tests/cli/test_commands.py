@@ -508,9 +508,14 @@ WRONG = {
     "explain {model} {images}/accuracy -o {images}/accuracy": "is the folder of",
     "explain {model} x.png -o x --target dog": "one of $_$, accuracy, blå, not 'dog'\n",
     "evaluate {model} --dataset {images} -o {images}/accuracy": "holds images of --dataset",
-    "evaluate {model} --dataset digits": "digits has images of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, exp",
+    "evaluate {model} --dataset digits": (
+        "The model's classes ($_$, accuracy, blå) differ from those of digits (0, 1, 2, 3, 4, "
+        "...).\n"
+    ),
     "evaluate {model} --dataset missing.npz": "missing.npz cannot be read",
-    "evaluate {model} --dataset {others}": "others has images of a, b, expected some of $_$, acc",
+    "evaluate {model} --dataset {others}": (
+        "The model's classes ($_$, accuracy, blå) differ from the folder's (a, b).\n"
+    ),
     "train --dataset {images} --image-size 15": (
         "error: --patch-size must divide the image side of 15 pixels, but is 4. Try --image-size "
         "12 or 16, or --patch-size 5\n"
