@@ -7,19 +7,15 @@ The table goes to `benchmarks/results/ablation-<mode>.json`; the test set has no
 """
 
 import argparse
-import concurrent.futures
-import json
 import pathlib
-import queue
-import subprocess
 import sys
 
-from benchmarks.results import option_words
+from benchmarks.results import ROOT, option_words
+from benchmarks.runs import in_processes
 from keras_vit.files import write_json
 from keras_vit.training.journal import read_history
 from keras_vit_cli.recipes import RECIPES
 
-ROOT = pathlib.Path(__file__).parents[1]
 # What belongs together, by the names of the recipe's fields.
 PARTS = {
     "Muon and its rate": ("optimizer", "learning_rate"),
@@ -42,16 +38,12 @@ def main():
     train = ["--validation", "5000", *train]
     runs = variants(options.mode)
     folders = [options.output / options.mode / name.replace(" ", "-") for name in runs]
-    cores = queue.SimpleQueue()
-    for core in range(options.jobs):
-        cores.put(str(core) if options.jobs > 1 else None)
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        tasks = [
-            pool.submit(run, [*train, *words], folder, cores)
-            for words, folder in zip(runs.values(), folders, strict=True)
-        ]
-        for task in tasks:
-            task.result()
+    commands = [
+        [sys.executable, ROOT / "train.py", *train, *words]
+        + ["--output", folder, "--figures-dir", folder / "figures"]
+        for words, folder in zip(runs.values(), folders, strict=True)
+    ]
+    in_processes(commands, folders, options.jobs)
     accuracies = [accuracy(folder) for folder in folders]
     found = dict(zip(runs, accuracies, strict=True))
     print("\n".join(table(found)))
@@ -75,26 +67,6 @@ def flags(fields):
     """Options of `train.py` that give fields the values that they have in the baseline."""
     recipe = RECIPES["baseline"]
     return [word for field in fields for word in option_words(field, getattr(recipe, field))]
-
-
-def run(words, folder, cores):
-    """Trains in a process of its own, on the next free core where several train at once."""
-    options = folder.with_suffix(".json")
-    if (folder / "metrics.json").exists():
-        if json.loads(options.read_text(encoding="utf-8")) != words:
-            raise SystemExit(f"{folder} holds a run with other options: choose another --output")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(options, words)
-    core = cores.get()
-    pinned = ["taskset", "--cpu-list", core] if core else []
-    places = ["--output", folder, "--figures-dir", folder / "figures"]
-    command = [*pinned, sys.executable, ROOT / "train.py", *words, *places]
-    try:
-        with open(folder.with_suffix(".log"), "w", encoding="utf-8") as log:
-            subprocess.run(command, stdout=log, stderr=log, check=True)
-    finally:
-        cores.put(core)
 
 
 def accuracy(folder):

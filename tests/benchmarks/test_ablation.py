@@ -1,20 +1,12 @@
 """Which runs an ablation starts, once each, and the table that it makes of them."""
 
 import pathlib
-import queue
-import subprocess
 
 import pytest
 
 from benchmarks import ablation
 from keras_vit_cli import settings
 from keras_vit_cli.recipes import RECIPES
-
-
-def cores():
-    free = queue.SimpleQueue()
-    free.put(None)
-    return free
 
 
 @pytest.mark.parametrize("mode", ["add", "remove"])
@@ -32,26 +24,6 @@ def test_each_run_differs_by_one_part_from_the_first(mode):
         assert changed and changed <= {*fields, "warmup"}
         expected = RECIPES["strong"] if mode == "add" else RECIPES["baseline"]
         assert all(getattr(recipe, x) == getattr(expected, x) for x in changed)
-
-
-def test_a_finished_run_is_not_repeated_and_a_failed_one_frees_its_core(tmp_path, monkeypatch):
-    started = []
-
-    def start(command, **_):
-        started.append(command)
-        raise subprocess.CalledProcessError(2, command)
-
-    monkeypatch.setattr(subprocess, "run", start)
-    free = cores()
-    with pytest.raises(subprocess.CalledProcessError):
-        ablation.run(["--seed", "1"], tmp_path / "first", free)
-    assert free.qsize() == 1
-    assert started[0][1:4] == [ablation.ROOT / "train.py", "--seed", "1"]
-    (tmp_path / "first" / "metrics.json").write_text("{}")
-    ablation.run(["--seed", "1"], tmp_path / "first", free)
-    with pytest.raises(SystemExit, match="other options"):
-        ablation.run(["--seed", "2"], tmp_path / "first", free)
-    assert len(started) == 1
 
 
 def test_the_table_starts_with_what_changes_most():
