@@ -583,7 +583,7 @@ def test_messages_say_what_is_possible(capsys, tmp_path):
     for dataset, of in ((folder, "the folder's"), (insects, "those of insects")):
         wanted = rf"The model's classes \(cats, dogs\) differ from {of} \(ants, bees\)\."
         with pytest.raises(CommandError, match=wanted):
-            inputs.check_suits(model, "model.keras", dataset)
+            inputs.check_classes(model, dataset)
     stopped = train_command.explained(training.Interrupted(2, 0, 42), settings.resolve({}))
     expected = "Stopped in epoch 1, batch 42; progress saved. Run the same command to continue."
     assert (str(stopped), stopped.status) == (expected, 130)
