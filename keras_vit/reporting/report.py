@@ -84,7 +84,9 @@ MORE = {
 }
 
 
-def write_report(path, model, dataset, config, metrics, probabilities, pictures, language="en"):
+def write_report(
+    path, model, dataset, config, metrics, probabilities, pictures, language="en", page=None
+):
     """Writes the report of a run as one HTML file.
 
     Args:
@@ -96,6 +98,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         probabilities: array `(N, num_classes)`, predicted for the test images.
         pictures: `Path` of the folder with the pictures of the run; missing ones are left out.
         language: `"en"` or `"pl"`.
+        page: string, the name of the file beside it that runs the model; None if there is none.
     """
     facts = _facts(config, metrics, model, dataset, language)
     texts = _filled(load_texts(language) | {"explained": "", "page": {}}, facts)
@@ -134,6 +137,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         texts,
         title=texts["title"],
         lead=texts["lead"],
+        page=page,
         headline=[
             (texts["headline"][name], localize(value, language)) for name, value in headline.items()
         ],

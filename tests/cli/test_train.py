@@ -238,7 +238,8 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_pat
     first = tmp_path / "run"
     arguments = ["--dataset=digits", "--limit-train=200", "--validation=50", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
-    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json", "report.html"}
+    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json"}
+    names |= {"report.html", "page.html"}
     assert {path.name for path in first.iterdir()} == {
         *names,
         "metrics.json",

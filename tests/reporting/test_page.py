@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from keras_vit import VisionTransformer, attention_rollout, attention_scores, patch_weights
+from keras_vit import (
+    VisionTransformer,
+    attention_distance,
+    attention_rollout,
+    attention_scores,
+    patch_filters,
+    patch_weights,
+)
 from keras_vit.data import read_image
 from keras_vit.reporting import page as pages
 from keras_vit.reporting.metrics import predict
@@ -233,6 +240,34 @@ def test_patches_and_maps_are_chosen_by_pointer_and_keyboard(small, path, open_p
     says("block 3, head 2 · from class token")
     page.locator(".maps button[aria-checked=true]").press("ArrowLeft")
     says("block 3, head 1 · from class token")
+
+
+def test_what_the_model_learned_unfolds_and_follows_the_picture(small, path, open_page):
+    model, images = small
+    page = answered(open_page(path, reduced_motion="reduce"))
+    assert page.locator(".lessons").is_hidden()
+    page.locator(".learned summary").press("Enter")
+    kernel, _ = model.get_layer("patch_embedding").get_weights()
+    # As many components as pixels of a patch, which explain all of the variance.
+    percents = [float(text) for text in page.locator(".filters span").all_inner_texts()]
+    assert len(percents) == len(patch_filters(kernel, 4)[0])
+    assert sum(percents) == pytest.approx(100, abs=0.5)
+    size = "image => [image.naturalHeight, image.naturalWidth]"
+    mosaic = page.locator("figure > img")
+    assert mosaic.evaluate(size) == [2 * (2 + 1) - 1, 3 * (3 + 1) - 1]
+    for index in (0, 3):
+        page.locator(".thumbnails button").nth(index).click()
+        page.locator(f".thumbnails button:nth-child({index + 1})[aria-pressed=true]").wait_for()
+        answered(page)
+        titles = page.locator(".plot i:not(.mean)").evaluate_all("dots => dots.map(x => x.title)")
+        scores = attention_scores(model, images[index : index + 1])
+        expected = attention_distance(scores, grid=(2, 3), patch_size=4)[0]
+        found = np.array([float(title.split(": ")[1]) for title in titles]).reshape(3, 2)
+        np.testing.assert_allclose(found, expected, atol=0.051)
+        assert titles[5].startswith("block 3, head 2: ")
+    assert page.locator(".plot .unread").count() == 2
+    means = "; ".join(f"block {i}: {x:.1f}" for i, x in enumerate(expected.mean(axis=1), start=1))
+    assert page.locator(".plot").get_attribute("aria-label").endswith(f"mean of 2 heads: {means}")
 
 
 def test_pictures_are_dropped_and_pasted(small, path, open_page):
