@@ -340,7 +340,7 @@ def test_models_that_a_page_cannot_run_are_named(small, monkeypatch, tmp_path):
     quantized.get_layer("head").quantize("int8")
     broken.get_layer("head").bias.assign([0, np.nan, 0])
     for wrong, message in [
-        (keras.Sequential([keras.Input((2,))]), "Received: model of class Sequential"),
+        (keras.models.clone_model(model), "of class Functional. In place of `keras.models.clone"),
         (VisionTransformer(**{**SMALL, "image_shape": (8, 12, 4)}), "1 or 3 channels.*with 4"),
         (
             VisionTransformer(**{**SMALL, "augmentation": [keras.layers.Rescaling(0.5, name="r")]}),
