@@ -406,8 +406,7 @@ def draw_attention_rollout(model, images, titles, path, source=None, language="e
             _show_map(row[1], final)
             strength = (final - final.min()) / np.ptp(final).clip(1e-12)
             enlarged = np.kron(strength, np.ones((patch_size, patch_size)))[..., None]
-            # Of little weight is what is pale: darker or brighter, it would be lost on a dark or a
-            # bright image.
+            # Towards grey of low contrast: towards black or white, dark or bright images get lost.
             pale = 64 + 0.5 * model_input[..., :3].mean(axis=-1, keepdims=True)
             _show(row[2], pale + enlarged * (model_input - pale))
             for axis, block in zip(row[3:], shown):
