@@ -295,7 +295,7 @@ def test_features_are_probed_on_a_data_set_of_any_classes(
     own, others = found
     tested = [x.split for x in folders.list_folder(place / "images")[0]].count("test")
     sizes = {"neighbours": 20, "train_images": 75 - tested, "test_images": tested}
-    assert own["probe"] == {**own["probe"], **sizes} and own["probe"]["linear"] > 0.9
+    assert own["probe"] == {**own["probe"], **sizes} and own["probe"]["linear"] > 0.8
     assert "accuracy" in own and "accuracy" not in others
     assert others["probe"]["neighbours"] == others["probe"]["train_images"] < 10
     captured = capsys.readouterr()
@@ -552,7 +552,7 @@ def places(place, tmp_path_factory):
     for name in ("a", "b"):
         (root / "others" / name).mkdir(parents=True)
         for index in range(5):
-            image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
+            image = Image.fromarray(np.full((9, 9, 3), 5 * "ab".index(name) + index, "uint8"))
             image.save(root / "others" / name / f"{index}.png")
     np.savez(root / "tests.npz", x_test=np.zeros((2, 20, 24, 3), "uint8"), y_test=[0, 1])
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(root / "net.keras")
