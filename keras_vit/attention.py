@@ -428,7 +428,8 @@ def _run(model, inputs, attend):
             if skips:
                 bound.arguments["query"] = value
             outputs, scores = attend(operation, bound.args, bound.kwargs)
-            outputs = outputs[:, : query.shape[1]] if skips else outputs
+            if skips and query is not None:
+                outputs = outputs[:, : query.shape[1]]
             return (outputs, scores) if returns_scores else outputs
 
         return call
