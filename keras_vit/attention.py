@@ -7,7 +7,6 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
-from keras_vit.model import VisionTransformer
 from keras_vit.validation import fraction_below_one, grid_of_patches, positive_integer
 
 BATCH_SIZE = 64
@@ -21,7 +20,9 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
     model calls several times counts as one block per call.
 
     The last block of a `VisionTransformer` computes only the tokens that its head reads. Here all
-    tokens are queries, so that its matrix has as many rows as those of the other blocks.
+    tokens are queries, so that its matrix has as many rows as those of the other blocks. The same
+    holds for other models whose queries are `tokens[:, :count]`, such as a clone of one, or a
+    `keras.Model` with a head of its own on the layers of one.
 
     Args:
         model: a `VisionTransformer`, or another functional model whose attention layers
@@ -408,22 +409,40 @@ def _run(model, inputs, attend):
     outputs and scores.
     """
 
+    leading = []  # Pairs of the leading tokens of a sequence and the sequence.
+
     def calling(operation):
         def call(*args, **kwargs):
             if _takes(operation, "training"):
                 kwargs["training"] = False
             if not _is_attention(operation):
-                return operation(*args, **kwargs)
-            if isinstance(model, VisionTransformer):
-                args = args[1], args[1]
+                outputs = operation(*args, **kwargs)
+                if len(args) == 2 and _is_key_of_leading_tokens(args[1]):
+                    leading.append((outputs, args[0]))
+                return outputs
             returns_scores = kwargs.pop("return_attention_scores", False)
-            outputs, scores = attend(operation, args, kwargs)
+            bound = inspect.signature(operation.call).bind(*args, **kwargs)
+            query, value = (bound.arguments.get(name) for name in ("query", "value"))
+            # The last block of a `VisionTransformer` skips tokens that its head does not read.
+            skips = any(query is part and value is tokens for part, tokens in leading)
+            if skips:
+                bound.arguments["query"] = value
+            outputs, scores = attend(operation, bound.args, bound.kwargs)
+            if skips and query is not None:
+                outputs = outputs[:, : query.shape[1]]
             return (outputs, scores) if returns_scores else outputs
 
         return call
 
     tensors = [ops.convert_to_tensor(x, y.dtype) for x, y in zip(inputs, model.inputs)]
     return model._run_through_graph(tensors, operation_fn=calling)
+
+
+def _is_key_of_leading_tokens(key):
+    """Whether `tokens[key]` is `tokens[:, :count]`."""
+    if not isinstance(key, (tuple, list)) or not all(isinstance(x, slice) for x in key):
+        return False
+    return len(key) == 2 and tuple(key) == (slice(None), slice(None, key[1].stop))
 
 
 def _outputs_and_scores(layer, args, kwargs):

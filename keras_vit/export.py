@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_vit.layers import gelu
-from keras_vit.model import layers_in_inference
+from keras_vit.model import check_is_vision_transformer, layers_in_inference
 from keras_vit.prediction import predict
 
 # Name of the output of an exported model, and of the file with its metadata.
@@ -49,6 +49,7 @@ def served(model):
         A `keras.Model` from float32 `(B, H, W, C)`, 0 to 255, to `(B, num_classes)`; each row
         sums to one.
     """
+    check_is_vision_transformer(model)
     preprocessing = layers_in_inference(model)
     bare = type(model).from_config({**model.get_config(), "augmentation": preprocessing})
     for layer in bare.layers:

@@ -28,6 +28,11 @@ from keras_vit.layers.mix import partners
 from keras_vit.validation import fraction_below_one, positive_integer, resizing, shape_of_image
 
 EPSILON = 1e-6
+# For those whose model was made from a `VisionTransformer` but is none itself.
+ADVICE = (
+    "In place of `keras.models.clone_model(model)`, use `VisionTransformer.from_config("
+    "model.get_config())` and `set_weights`; for another head, `VisionTransformer.from_preset`"
+)
 
 
 @keras.saving.register_keras_serializable("keras_vit")
@@ -476,6 +481,15 @@ def augmented_for_display(layers, images, training=False):
     black = np.where(is_constant, result.min(axis=(0, 1, 2)), black)
     white = np.where(is_constant, result.max(axis=(0, 1, 2)), white)
     return 255 * (result - black) / np.where(white == black, 1, white - black)
+
+
+def check_is_vision_transformer(model: keras.Model) -> None:
+    """Raises a `ValueError` for another model, which says how a copy becomes one."""
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(
+            "Expected `model` to be a `VisionTransformer`. Received: model of class "
+            f"{type(model).__name__}. {ADVICE}"
+        )
 
 
 def layers_in_inference(model: VisionTransformer) -> list[keras.layers.Layer]:

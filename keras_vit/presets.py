@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_vit.files import atomic_write
 from keras_vit.loading import ModelError, load_model
-from keras_vit.model import VisionTransformer
+from keras_vit.model import ADVICE, VisionTransformer
 from keras_vit.timm import read_timm
 from keras_vit.transfer import copy_weights
 
@@ -48,7 +48,8 @@ def load_preset(name: str | os.PathLike[str]) -> VisionTransformer:
         )
     model = load_model(path)
     if not isinstance(model, VisionTransformer):
-        raise ModelError(f"{name} holds a {type(model).__name__}, not a VisionTransformer")
+        kind = type(model).__name__
+        raise ModelError(f"{name} holds a {kind}, not a VisionTransformer. {ADVICE}")
     return model
 
 

@@ -6,11 +6,11 @@ import math
 import keras
 
 from keras_vit.data import is_folder
-from keras_vit.data.folders import TEST
+from keras_vit.data.folders import TEST, warn
 from keras_vit.files import atomic_write, make_output, write_json
 from keras_vit.reporting import figures, metrics
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
-from keras_vit_cli.inputs import load_for_test, load_model
+from keras_vit_cli.inputs import load_for_test, load_model, load_resized
 from keras_vit_cli.run_directory import RunDirectory, check_apart
 
 
@@ -21,19 +21,32 @@ def run(options):
     if options.output:
         check_apart(options.output, options.dataset, "--output")
     model = load_model(options.model)
-    dataset, left_out = unseen_by(model, options)
-    probabilities, measured = measure(model, dataset)
+    probed = load_to_probe(model, options) if options.probe else None
+    facts, measured, probabilities = {"model": options.model.name}, {}, None
+    try:
+        dataset, facts["left_out"] = unseen_by(model, options)
+        probabilities, measured = measure(model, dataset)
+    except CommandError as error:
+        if probed is None:
+            raise
+        dataset = probed
+        warn(f"only the features are measured: {error}")
+    if probed is not None:
+        measured["probe"] = metrics.probe(model, probed)
     if not options.output:
         show(measured, dataset)
-    else:
-        with explaining_failed_writes(options.output):
-            make_output(options.output)
-            facts = {"dataset": dataset.name, "model": options.model.name, "left_out": left_out}
-            write_json(RunDirectory(options.output).metrics, {**facts, **measured})
+        return 0
+    with explaining_failed_writes(options.output):
+        make_output(options.output)
+        facts["dataset"] = dataset.name
+        write_json(RunDirectory(options.output).metrics, {**facts, **measured})
+        if probabilities is not None:
             write_predictions(RunDirectory(options.output).predictions, dataset, probabilities)
-            show(measured, dataset)
+        show(measured, dataset)
+        if probabilities is not None:
             figures.draw_all(model, dataset, probabilities, options.output)
-            print(f"Metrics, predictions and pictures: {options.output}.")
+        written = "Metrics" if probabilities is None else "Metrics, predictions and pictures"
+        print(f"{written}: {options.output}.")
     return 0
 
 
@@ -88,13 +101,34 @@ def measure(model, dataset, history=None):
 
 
 def show(measured, dataset):
-    """Prints what `measure` returned for a data set."""
-    print(metrics.per_class_table(measured))
-    print(
-        f"Test accuracy {measured['accuracy']:.2%}, loss {measured['loss']:.4f}, calibration error "
-        f"{measured['calibration_error']:.2%} on {len(dataset.test_labels):,} images of "
-        f"{dataset.name}"
-    )
+    """Prints what `measure` returned for a data set, and `metrics.probe` if it is there."""
+    if "accuracy" in measured:
+        print(metrics.per_class_table(measured))
+        print(
+            f"Test accuracy {measured['accuracy']:.2%}, loss {measured['loss']:.4f}, calibration "
+            f"error {measured['calibration_error']:.2%} on {len(dataset.test_labels):,} images of "
+            f"{dataset.name}"
+        )
+    if probe := measured.get("probe"):
+        print(
+            f"On the features of {probe['train_images']:,} training images, a linear probe has "
+            f"accuracy {probe['linear']:.2%} and {probe['neighbours']} nearest neighbours "
+            f"{probe['nearest_neighbours']:.2%} on {probe['test_images']:,} test images"
+        )
+
+
+def load_to_probe(model, options):
+    """The `Dataset` of any classes whose training and test images the features are probed on."""
+    try:
+        dataset = load_resized(model, options.model, options.dataset, options.data_dir)
+    except CommandError as error:
+        raise CommandError(f"--probe needs training and test images, but {error}") from error
+    dataset = dataset.without(model.seen)
+    if not len(dataset.test_labels):
+        raise CommandError(
+            f"--probe needs test images that the model was not trained on: {dataset.name} has none"
+        )
+    return dataset
 
 
 def unseen_by(model, options):

@@ -41,7 +41,14 @@ def class_names(model):
 
 
 def load_suitable(model, path, name, data_dir):
-    """Loads a data set and checks that it matches the model."""
+    """Loads a data set and checks that its images and classes are those of the model."""
+    dataset = load_resized(model, path, name, data_dir)
+    check_classes(model, dataset)
+    return dataset
+
+
+def load_resized(model, path, name, data_dir):
+    """Loads a data set of any classes, with images of the model's shape."""
     if not name:
         raise CommandError("--dataset must not be empty")
     # The model knows what it takes; all but arrays are resized to that.
@@ -50,7 +57,7 @@ def load_suitable(model, path, name, data_dir):
         dataset = load_dataset(name, data_dir, size, model.resize)
     except DatasetError as error:
         raise CommandError(str(error)) from error
-    check_suits(model, path, dataset)
+    check_shape(model, path, dataset)
     return dataset
 
 
@@ -72,15 +79,20 @@ def load_for_test(model, path, name, data_dir, seen=()):
         )
     except DatasetError as error:
         raise CommandError(str(error)) from error
-    check_suits(model, path, dataset)
+    check_shape(model, path, dataset)
+    check_classes(model, dataset)
     return dataset, left_out
 
 
-def check_suits(model, path, dataset):
-    """Raises a `CommandError` unless images and classes match the model."""
+def check_shape(model, path, dataset):
+    """Raises a `CommandError` unless the images of a data set have the model's input shape."""
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
         raise CommandError(f"{path} takes images of {expected}, {dataset.name} has {found}")
+
+
+def check_classes(model, dataset):
+    """Raises a `CommandError` unless the classes of a data set are those of the model."""
     count, names = model.output_shape[-1], tuple(dataset.class_names)
     known = None if model.class_names is None else tuple(map(composed, model.class_names))
     if len(names) != count or known not in (None, tuple(map(composed, names))):

@@ -130,6 +130,12 @@ def parse(arguments):
 
     output = {"metavar": "PATH", "type": _path}
     evaluate.add_argument("-o", "--output", **output, help="folder for metrics and pictures")
+    evaluate.add_argument(
+        "--probe",
+        action="store_true",
+        help="measure the features too: a linear probe and nearest neighbours, trained on the "
+        "training images of the data set, whose classes may be others than the model's",
+    )
     explain.add_argument("-o", "--output", **output, required=True, help="folder for the pictures")
     features.add_argument("-o", "--output", **output, required=True, help="an .npz file to write")
     export.add_argument("-o", "--output", **output, required=True, help="file or folder to write")

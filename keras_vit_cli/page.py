@@ -19,24 +19,36 @@ SEED = 0
 def run(options):
     """Writes a model as an HTML page; returns the exit status."""
     backend.require("jinja2", "a page")
-    from keras_vit.reporting.report import write_page  # Jinja2 is there.
-
     if options.output.suffix != ".html":
         raise CommandError(f"--output must end in .html, but is {options.output}")
     model = load_model(options.model)
     dataset = _test_images(model, options)
-    images, labels = _examples(dataset) if dataset else ((), ())
     with explaining_failed_writes(options.output):
         if not options.output.parent.exists():
             make_output(options.output.parent)
         try:
-            count = write_page(options.output, model, images, labels, options.language)
+            count = write(options.output, model, dataset, options.language)
         except ValueError as error:
             raise CommandError(f"{options.model} does not fit into a page: {error}") from error
         size = options.output.stat().st_size / 1e6
     source = f"{count} test images of {dataset.name}" if dataset else "no images"
     print(f"{options.output}, {size:.1f} MB, with {source}")
     return 0
+
+
+def write(path, model, dataset, language):
+    """Writes a page that begins with test images of a `Dataset`, if there is one.
+
+    Returns:
+        Int, the number of images in the page.
+
+    Raises:
+        ValueError: if a page could not run the model.
+    """
+    from keras_vit.reporting.report import write_page  # It needs Jinja2.
+
+    images, labels = _examples(dataset) if dataset else ((), ())
+    return write_page(path, model, images, labels, language)
 
 
 def _test_images(model, options):

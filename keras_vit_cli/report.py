@@ -11,6 +11,7 @@ from keras_vit.training import read_history, step_schedule
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
+from keras_vit_cli.page import write as write_page
 from keras_vit_cli.run_directory import RunDirectory
 from keras_vit_cli.settings import read_config, resolve
 
@@ -42,10 +43,10 @@ def run(options):
                 )
             probabilities = metrics.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
-            config, language = settings.to_json(), options.language or settings.language
+            language = options.language or settings.language
             draw(model, dataset, settings.training, probabilities, history, pictures, language)
-            path = run_dir.report_in(language, settings.language)
-            write_page(path, model, dataset, config, measured, probabilities, pictures, language)
+            facts = settings, measured, probabilities
+            path = write_pages(run_dir, model, dataset, *facts, pictures, language)
         except (KeyError, ValueError) as error:
             raise CommandError(f"{run_dir} holds no run to report on: {error}") from error
         run_dir.write_checksums()
@@ -69,11 +70,26 @@ def draw(model, dataset, recipe, probabilities, history, folder, language):
     figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
 
 
-def write_page(path, model, dataset, config, measured, probabilities, pictures, language):
-    """Writes the report of a run; without Jinja2 a warning takes its place."""
+def write_pages(run_dir, model, dataset, settings, measured, probabilities, pictures, language):
+    """Writes the report of a run, and beside it the page that runs its model, if one can.
+
+    Without Jinja2 a warning takes their place.
+
+    Returns:
+        `Path` of the report.
+    """
+    path = run_dir.report_in(language, settings.language)
     try:
         from keras_vit.reporting.report import write_report
     except ModuleNotFoundError as error:
         warn(f"{path.name} was not written: {error}")
-        return
-    write_report(path, model, dataset, config, measured, probabilities, pictures, language)
+        return path
+    page = run_dir.page_in(language, settings.language)
+    try:
+        write_page(page, model, dataset, language)
+    except ValueError:  # Too large, or of other images than those of a browser.
+        page.unlink(missing_ok=True)
+        page = None
+    facts = settings.to_json(), measured, probabilities
+    write_report(path, model, dataset, *facts, pictures, language, page and page.name)
+    return path

@@ -52,6 +52,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.json"
         self.model = self.path / "model.keras"
         self.report = self.path / "report.html"
+        self.page = self.path / "page.html"
         self.predictions = self.path / "predictions.csv"
         self.figures = self.path / "figures"
         self.best_model = self.path / BEST_MODEL
@@ -59,6 +60,7 @@ class RunDirectory:
         self._of_one_run = (
             *(self.metrics, self.report, self.best_model),
             *(self.report_in(language) for language in LANGUAGES),
+            *(self.page, *(self.page_in(language) for language in LANGUAGES)),
             *(self.path / HISTORY, self.path / TIMING),
         )
 
@@ -74,6 +76,10 @@ class RunDirectory:
     def report_in(self, language, own=None):
         """The path of the report in a language: `report.html` in the run's own."""
         return self.report if language == own else self.path / f"report.{language}.html"
+
+    def page_in(self, language, own=None):
+        """The path of the page in a language: `page.html` in the run's own."""
+        return self.page if language == own else self.path / f"page.{language}.html"
 
     @classmethod
     def of(cls, settings):

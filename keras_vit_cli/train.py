@@ -19,7 +19,7 @@ from keras_vit.training.journal import duration
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, Stopped, explaining_failed_writes
 from keras_vit_cli.evaluate import measure, show
-from keras_vit_cli.report import MOVED_DATA, draw, write_page
+from keras_vit_cli.report import MOVED_DATA, draw, write_pages
 from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
 from keras_vit_cli.settings import check_patches, resolve
 
@@ -109,10 +109,10 @@ def run(settings, figures_dir=None):
         # Before anything is printed or drawn, whose failure must not cost the metrics.
         write_json(run_dir.metrics, metrics)
         show(metrics, dataset)
-        config, language = settings.to_json(), settings.language
+        language = settings.language
         draw(model, dataset, settings.training, probabilities, history, figures, language)
-        report = run_dir.report
-        write_page(report, model, dataset, config, metrics, probabilities, figures, language)
+        facts = settings, metrics, probabilities
+        write_pages(run_dir, model, dataset, *facts, figures, language)
         run_dir.write_checksums()
         # Without a checkpoint the run counts as finished.
         run_dir.remove_checkpoints()

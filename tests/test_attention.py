@@ -15,7 +15,9 @@ from keras_vit import (
     attention_relevance,
     attention_rollout,
     attention_scores,
+    load_model,
     patch_weights,
+    predict,
 )
 
 HEADS, DEPTH = 2, 3
@@ -91,6 +93,29 @@ def test_scores_of_each_block_agree_with_numpy(model, images, block):
     expected = numpy_scores(model.get_layer(f"block_{block}_attention"), tokens, tokens)
     assert expected.std() > 0.02
     np.testing.assert_allclose(attention_scores(model, images)[:, block - 1], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("made", ["cloned", "given another head", "reloaded"])
+def test_models_made_of_a_vision_transformer_have_its_scores(model, images, made, tmp_path):
+    if made == "cloned":
+        other = keras.models.clone_model(model)
+        other.set_weights(model.get_weights())
+    else:
+        # It reads the mean of all tokens that are left: the class token alone.
+        pooled = keras.layers.GlobalAveragePooling1D()(model.get_layer("norm").output)
+        head = keras.layers.Dense(4, name="other_head")
+        other = keras.Model(model.input, head(pooled))
+        head.set_weights(model.get_layer("head").get_weights())
+    if made == "reloaded":
+        other.save(tmp_path / "model.keras")
+        other = load_model(tmp_path / "model.keras")
+    assert not isinstance(other, VisionTransformer)
+    for found, expected in (
+        (attention_scores(other, images), attention_scores(model, images)),
+        (attention_gradients(other, images, [0] * 5), attention_gradients(model, images, [0] * 5)),
+        (predict(other, images), predict(model, images)),
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean"])

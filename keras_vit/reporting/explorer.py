@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from keras_vit.attention import attention_scores
-from keras_vit.model import augmented_for_display
+from keras_vit.model import augmented_for_display, check_is_vision_transformer
 
 # Bytes of attention scores in one page, one per score.
 MAX_BYTES = 3 * 2**20
@@ -32,8 +32,10 @@ def pack(model, images, titles):
         of its row, so small scores are resolved more finely than large ones.
 
     Raises:
-        ValueError: if the mean of the heads' attention scores exceeds 3 MiB for a single image.
+        ValueError: if the model is not a `VisionTransformer`, or if the mean of the heads'
+            attention scores exceeds 3 MiB for a single image.
     """
+    check_is_vision_transformer(model)
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
     rows, columns = height // patches.patch_size, width // patches.patch_size

@@ -369,6 +369,7 @@ def draw_attention_rollout(model, images, titles, path, source=None, language="e
     """Attention Rollout of each image: its map, an overlay, and how it changes with depth.
 
     The overlay is on the image as the model splits it into patches, after resizing or cropping.
+    Patches of the largest weight keep their colours, others turn to grey of low contrast.
 
     Args:
         model: a `VisionTransformer`.
@@ -403,9 +404,11 @@ def draw_attention_rollout(model, images, titles, path, source=None, language="e
             title, size = _fitted(title, 1.35, 8.5)
             row[0].set_ylabel(title, fontsize=size)
             _show_map(row[1], final)
-            brightness = (final - final.min()) / np.ptp(final).clip(1e-12)
-            enlarged = np.kron(brightness, np.ones((patch_size, patch_size)))[..., None]
-            _show(row[2], model_input * (0.25 + 0.75 * enlarged))
+            strength = (final - final.min()) / np.ptp(final).clip(1e-12)
+            enlarged = np.kron(strength, np.ones((patch_size, patch_size)))[..., None]
+            # Towards grey of low contrast: towards black or white, dark or bright images get lost.
+            pale = 64 + 0.5 * model_input[..., :3].mean(axis=-1, keepdims=True)
+            _show(row[2], pale + enlarged * (model_input - pale))
             for axis, block in zip(row[3:], shown):
                 _show_map(axis, by_depth[block])
         depths = (

@@ -12,6 +12,9 @@ from sklearn import metrics
 from keras_vit.devices import accelerators
 from keras_vit.prediction import predict
 
+# DINO's neighbours of an image, and the temperature of their votes.
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+
 
 def flip_averaged_accuracy(model, images, labels, probabilities):
     """Accuracy of predictions averaged over each image and its horizontal flip.
@@ -60,6 +63,47 @@ def classification_metrics(probabilities, labels, class_names):
             }
             for name, precision, recall, f1_score, images in rows
         },
+    }
+
+
+def probe(model, dataset):
+    """How well simple classifiers tell classes apart by what the head of a model reads.
+
+    Both are trained on the features of the training images and measured on those of the test
+    images, whose classes need not be the model's: a linear classifier (Alain & Bengio, 2016), and
+    the nearest neighbours by cosine similarity, which vote as in DINO (Caron et al., 2021).
+
+    Args:
+        model: a `VisionTransformer`.
+        dataset: a `Dataset`.
+
+    Returns:
+        Dictionary with `linear` and `nearest_neighbours`, accuracies in [0, 1]; and how many of the
+        `train_images` were `neighbours`, and how many `test_images` there were.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    trained, tested = (
+        (model.features(images), labels)
+        for images, labels in (
+            (dataset.train_images, dataset.train_labels),
+            (dataset.test_images, dataset.test_labels),
+        )
+    )
+    neighbours = min(NEIGHBOURS, len(trained[1]))
+    linear = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    nearest = KNeighborsClassifier(
+        neighbours, weights=lambda x: np.exp(-x / TEMPERATURE), metric="cosine"
+    )
+    return {
+        "linear": float(linear.fit(*trained).score(*tested)),
+        "nearest_neighbours": float(nearest.fit(*trained).score(*tested)),
+        "neighbours": neighbours,
+        "train_images": len(trained[1]),
+        "test_images": len(tested[1]),
     }
 
 

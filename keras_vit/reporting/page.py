@@ -6,7 +6,7 @@ import math
 import keras
 import numpy as np
 
-from keras_vit.model import EPSILON, VisionTransformer, layers_in_inference
+from keras_vit.model import EPSILON, check_is_vision_transformer, layers_in_inference
 
 # A page holds 2.7 bytes for each parameter, and a browser 4 bytes for each attention score.
 MAX_PARAMETERS = 20_000_000
@@ -64,11 +64,7 @@ def pack(model):
 
 def _check(model):
     """Raises a `ValueError` for a model that the page could not run as Keras does."""
-    if not isinstance(model, VisionTransformer):
-        raise ValueError(
-            "Expected `model` to be a `VisionTransformer`. Received: model of class "
-            f"{type(model).__name__}"
-        )
+    check_is_vision_transformer(model)
     received = f"Received: model={model.name!r}"
     channels = model.input_shape[-1]
     if channels not in (1, 3):

@@ -18,6 +18,7 @@ import keras_vit.layers
 from keras_vit.files import atomic_write
 from keras_vit.reporting import page
 from keras_vit.reporting.explorer import COLOURS, MAX_IMAGES, data_uri, pack, png_uri
+from keras_vit.reporting.representations import embedded_pictures
 from keras_vit.reporting.texts import TEMPLATES, describe_prediction, load_texts, localize
 from keras_vit.training import step_schedule
 
@@ -83,7 +84,9 @@ MORE = {
 }
 
 
-def write_report(path, model, dataset, config, metrics, probabilities, pictures, language="en"):
+def write_report(
+    path, model, dataset, config, metrics, probabilities, pictures, language="en", page=None
+):
     """Writes the report of a run as one HTML file.
 
     Args:
@@ -95,6 +98,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         probabilities: array `(N, num_classes)`, predicted for the test images.
         pictures: `Path` of the folder with the pictures of the run; missing ones are left out.
         language: `"en"` or `"pl"`.
+        page: string, the name of the file beside it that runs the model; None if there is none.
     """
     facts = _facts(config, metrics, model, dataset, language)
     texts = _filled(load_texts(language) | {"explained": "", "page": {}}, facts)
@@ -133,6 +137,7 @@ def write_report(path, model, dataset, config, metrics, probabilities, pictures,
         texts,
         title=texts["title"],
         lead=texts["lead"],
+        page=page,
         headline=[
             (texts["headline"][name], localize(value, language)) for name, value in headline.items()
         ],
@@ -215,7 +220,13 @@ def write_page(path, model, images=(), labels=(), language="en"):
         {"source": data_uri(image), "label": label}
         for image, label in itertools.islice(zip(images, labels), MAX_IMAGES)
     ]
-    context = {"model": packed, "classes": names, "pictures": pictures}
+    learned = embedded_pictures(model)
+    learned = {
+        "filters": [(x, localize(f"{100 * y:.1f}", language)) for x, y in learned["filters"]],
+        "positions": learned["positions"],
+        "low": localize(f"{learned['low']:.1f}", language),
+    }
+    context = {"model": packed, "classes": names, "pictures": pictures, "learned": learned}
     title = title[0].upper() + title[1:]
     _write(path, "page.html", language, texts, title=title, **context)
     return len(pictures)

@@ -1,5 +1,7 @@
 """Pictures of what a model learned: its filters, positions, and attention, and maps of classes."""
 
+import io
+
 import keras
 import numpy as np
 from matplotlib import pyplot as plt
@@ -17,6 +19,7 @@ from keras_vit.attention import (
 from keras_vit.embeddings import patch_filters, position_similarity
 from keras_vit.layers import PositionEmbedding
 from keras_vit.model import augmented_for_display
+from keras_vit.reporting.explorer import data_uri, png_uri
 from keras_vit.reporting.figures import (
     BLUE,
     GREY,
@@ -61,6 +64,32 @@ def draw_all(model, images, probabilities, class_names, folder, source=None, lan
     draw_class_maps(model, images[rows], classes, titles, folder / "class_maps.png", **common)
 
 
+def embedded_pictures(model):
+    """The pictures of the two embeddings for a page, without titles and scales.
+
+    Args:
+        model: a `VisionTransformer`.
+
+    Returns:
+        Dictionary of `filters`, the principal components, pairs of a data URI and the fraction of
+        the variance that it explains; `positions`, a data URI; and `low`, the similarity that is
+        darkest in it, where one is brightest.
+    """
+    patch_size = model.get_layer("patches").patch_size
+    kernel = keras.ops.convert_to_numpy(model.get_layer("patch_embedding").kernel)
+    mosaic, low, _, _ = _mosaic(model)
+    file = io.BytesIO()
+    plt.imsave(file, mosaic, cmap="viridis", vmin=low, vmax=1, format="png")
+    return {
+        "filters": [
+            (data_uri(_filter_as_bytes(pattern)), float(fraction))
+            for pattern, fraction in zip(*patch_filters(kernel, patch_size))
+        ],
+        "positions": png_uri(file.getvalue()),
+        "low": low,
+    }
+
+
 def draw_patch_filters(model, path, source=None, language="en"):
     """The first principal components of the filters of the patch embedding.
 
@@ -81,7 +110,7 @@ def draw_patch_filters(model, path, source=None, language="en"):
         for number, (pattern, fraction) in enumerate(zip(filters, explained)):
             row, column = divmod(number, columns)
             top, left = 1.25 * row, 1.1 * column
-            _show_at(axis, _as_bytes(127.5 + 127.5 * pattern / abs(pattern).max()), top, left)
+            _show_at(axis, _filter_as_bytes(pattern), top, left)
             percent = localize(f"{100 * fraction:.1f}", language)
             axis.text(left + 0.5, top + 1.03, percent, ha="center", va="top", fontsize=8)
         axis.set(xlim=(0, 1.1 * columns - 0.1), ylim=(1.25 * rows, 0))
@@ -111,21 +140,13 @@ def draw_position_similarity(model, path, source=None, language="en"):
             axis.axis("off")
             axis.text(0.5, 0.5, texts["none"], ha="center", va="center")
             return _save(figure, path, source)
-        grid = _grid(model)
-        positions = keras.ops.convert_to_numpy(layer.position)[0]
-        similarity = position_similarity(positions, grid, _has_class_token(model))
-        rows, columns = (_spread(size, MAX_MAPS) for size in grid)
-        height, width = grid
-        # One cell of nothing between two maps.
-        mosaic = np.full((len(rows), height + 1, len(columns), width + 1), np.nan)
-        shown = similarity[np.ix_(rows, columns)]
-        mosaic[:, :height, :, :width] = shown.transpose(0, 2, 1, 3)
-        mosaic = mosaic.reshape(len(rows) * (height + 1), -1)[:-1, :-1]
+        mosaic, low, rows, columns = _mosaic(model)
+        height, width = _grid(model)
         cells = max(mosaic.shape)
         figure, axis = plt.subplots(
             figsize=(2 + 6 * mosaic.shape[1] / cells, 0.8 + 6 * mosaic.shape[0] / cells)
         )
-        drawn = axis.imshow(mosaic, cmap="viridis", vmin=min(0, shown.min()), vmax=1)
+        drawn = axis.imshow(mosaic, cmap="viridis", vmin=low, vmax=1)
         axis.set_xticks((width + 1) * np.arange(len(columns)) + (width - 1) / 2, columns + 1)
         axis.set_yticks((height + 1) * np.arange(len(rows)) + (height - 1) / 2, rows + 1)
         axis.tick_params(length=0)
@@ -245,6 +266,27 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
             axis.set_title(heading, fontsize=10)
         figure.supxlabel(both["scale"], fontsize=9)
         _save(figure, path, source)
+
+
+def _mosaic(model):
+    """The similarity of positions as a grid of grids, with a cell of NaN between two maps.
+
+    Also its smallest value or zero, and the rows and columns of the patches that it has maps of.
+    """
+    positions = keras.ops.convert_to_numpy(model.get_layer("position_embedding").position)[0]
+    height, width = grid = _grid(model)
+    similarity = position_similarity(positions, grid, _has_class_token(model))
+    rows, columns = (_spread(size, MAX_MAPS) for size in grid)
+    mosaic = np.full((len(rows), height + 1, len(columns), width + 1), np.nan)
+    shown = similarity[np.ix_(rows, columns)]
+    mosaic[:, :height, :, :width] = shown.transpose(0, 2, 1, 3)
+    mosaic = mosaic.reshape(len(rows) * (height + 1), -1)[:-1, :-1]
+    return mosaic, float(min(0, shown.min())), rows, columns
+
+
+def _filter_as_bytes(pattern):
+    """A filter as an image, in which zero is grey."""
+    return _as_bytes(127.5 + 127.5 * pattern / abs(pattern).max())
 
 
 def _as_bytes(image):

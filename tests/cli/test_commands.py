@@ -282,6 +282,29 @@ def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
     assert metrics["accuracy"] == pytest.approx(np.mean(right))
 
 
+def test_features_are_probed_on_a_data_set_of_any_classes(
+    place, places, model, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(figures, "draw_all", lambda *_: None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    found = []
+    for name in ("images", "others"):
+        words = ["--dataset", places[name], "--probe", "-o", tmp_path / name]
+        assert run("evaluate", place / "run", *words) == 0
+        found.append(json.loads((tmp_path / name / "metrics.json").read_text(encoding="utf-8")))
+    own, others = found
+    tested = [x.split for x in folders.list_folder(place / "images")[0]].count("test")
+    sizes = {"neighbours": 20, "train_images": 75 - tested, "test_images": tested}
+    assert own["probe"] == {**own["probe"], **sizes} and own["probe"]["linear"] > 0.8
+    assert "accuracy" in own and "accuracy" not in others
+    assert others["probe"]["neighbours"] == others["probe"]["train_images"] < 10
+    captured = capsys.readouterr()
+    line = f"a linear probe has accuracy {own['probe']['linear']:.2%} and 20 nearest neighbours "
+    assert line + f"{own['probe']['nearest_neighbours']:.2%} on {tested} test" in captured.out
+    assert "only the features are measured: " in captured.err
+    assert "others has images of a, b, expected some of" in captured.err
+
+
 def test_some_classes_or_none_and_a_model_that_does_not_tell_what_it_saw(
     place, model, monkeypatch, tmp_path
 ):
@@ -516,6 +539,7 @@ WRONG = {
     "evaluate {model} --dataset {others}": (
         "The model's classes ($_$, accuracy, blå) differ from the folder's (a, b).\n"
     ),
+    "evaluate {model} --dataset {tests} --probe": "--probe needs training and test images, but",
     "train --dataset {images} --image-size 15": (
         "error: --patch-size must divide the image side of 15 pixels, but is 4. Try --image-size "
         "12 or 16, or --patch-size 5\n"
@@ -534,12 +558,13 @@ def places(place, tmp_path_factory):
     for name in ("a", "b"):
         (root / "others" / name).mkdir(parents=True)
         for index in range(5):
-            image = Image.fromarray(np.full((9, 9, 3), index, "uint8"))
+            image = Image.fromarray(np.full((9, 9, 3), 5 * "ab".index(name) + index, "uint8"))
             image.save(root / "others" / name / f"{index}.png")
+    np.savez(root / "tests.npz", x_test=np.zeros((2, 20, 24, 3), "uint8"), y_test=[0, 1])
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(root / "net.keras")
     VisionTransformer((8, 8, 5), depth=1, embed_dim=8, num_heads=1).save(root / "deep.keras")
     return {
-        **{"empty": root / "empty", "others": root / "others"},
+        **{"empty": root / "empty", "others": root / "others", "tests": root / "tests.npz"},
         **{"net": root / "net.keras", "deep": root / "deep.keras"},
         **{"run": place / "run", "model": place / "run" / "model.keras"},
         "images": place / "images",

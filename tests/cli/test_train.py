@@ -238,7 +238,8 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_pat
     first = tmp_path / "run"
     arguments = ["--dataset=digits", "--limit-train=200", "--validation=50", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
-    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json", "report.html"}
+    names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json"}
+    names |= {"report.html", "page.html"}
     assert {path.name for path in first.iterdir()} == {
         *names,
         "metrics.json",
@@ -583,7 +584,7 @@ def test_messages_say_what_is_possible(capsys, tmp_path):
     for dataset, of in ((folder, "the folder's"), (insects, "those of insects")):
         wanted = rf"The model's classes \(cats, dogs\) differ from {of} \(ants, bees\)\."
         with pytest.raises(CommandError, match=wanted):
-            inputs.check_suits(model, "model.keras", dataset)
+            inputs.check_classes(model, dataset)
     stopped = train_command.explained(training.Interrupted(2, 0, 42), settings.resolve({}))
     expected = "Stopped in epoch 1, batch 42; progress saved. Run the same command to continue."
     assert (str(stopped), stopped.status) == (expected, 130)

@@ -16,7 +16,9 @@ from keras_vit import (
     VisionTransformer,
     attention_gradients,
     attention_relevance,
+    attention_rollout,
     attention_scores,
+    patch_weights,
 )
 from keras_vit.data import Dataset
 from keras_vit.model import augmented_for_display
@@ -141,6 +143,25 @@ def test_one_epoch_has_one_tick_and_its_learning_rate_is_a_plain_number(tmp_path
     for axis in figure.axes:
         left, right = axis.get_xlim()
         assert [tick for tick in axis.get_xticks() if left <= tick <= right] == [1]
+
+
+def test_overlays_show_the_map_and_the_image_be_it_dark_or_bright(tmp_path, model, monkeypatch):
+    shown = []
+    monkeypatch.setattr(figures, "_show", lambda axis, image: shown.append(image))
+    noise = np.random.default_rng(2).integers(0, 50, (2, 8, 12, 3)).astype("uint8")
+    images = noise + np.array([0, 205], "uint8")[:, None, None, None]
+    figures.draw_attention_rollout(model, images, ["dark", "bright"], tmp_path / "rollout.png")
+    weights = patch_weights(attention_rollout(attention_scores(model, images)))
+    for image, overlay, of_image in zip(images.astype(float), shown[1::2], weights):
+
+        def patch(pixels, token):
+            return pixels.reshape(2, 4, 3, 4, 3)[token // 3, :, token % 3]
+
+        most, least = of_image.argmax(), of_image.argmin()
+        np.testing.assert_allclose(patch(overlay, most), patch(image, most), atol=1e-3)
+        pale, grey = patch(overlay, least), patch(image, least).mean(axis=-1, keepdims=True)
+        assert 60 < pale.min() < pale.max() < 196
+        assert np.ptp(pale) == pytest.approx(np.ptp(grey) / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("language", ["en", "pl"])

@@ -1,12 +1,16 @@
+import types
+
 import keras
 import numpy as np
 import pytest
 
+from keras_vit.data import Dataset
 from keras_vit.reporting.metrics import (
     calibration_error,
     classification_metrics,
     environment,
     per_class_table,
+    probe,
     training_metrics,
 )
 
@@ -27,6 +31,29 @@ def test_metrics_agree_with_counting_by_hand():
         "images": 2,
     }
     assert metrics["per_class"]["dog"]["precision"] == pytest.approx(2 / 3)
+
+
+def test_probes_tell_classes_apart_by_the_features():
+    """Two classes lie close together on either side of a line."""
+    random = np.random.default_rng(0)
+    features, labels = random.normal(size=(60, 3)), np.arange(60) % 2
+    features[:, 0] = np.where(labels == 1, 0.3, -0.3) + 0.1 * random.random(60)
+    model = types.SimpleNamespace(features=lambda images: features[images])
+    train, test = np.arange(40), np.arange(40, 60)
+    found = probe(model, Dataset("", train, labels[:40], test, labels[40:], ["a", "b"], True))
+    # The formula of DINO, beside scikit-learn.
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    similarity = unit[40:] @ unit[:40].T
+    votes = np.zeros((20, 2))
+    for row, near in enumerate(similarity.argsort(axis=1)[:, ::-1][:, :20]):
+        for other in near:
+            votes[row, labels[other]] += np.exp(similarity[row, other] / 0.07)
+    assert found == {
+        "linear": 1.0,
+        "nearest_neighbours": (votes.argmax(axis=1) == labels[40:]).mean(),
+        **{"neighbours": 20, "train_images": 40, "test_images": 20},
+    }
+    assert 0.5 < found["nearest_neighbours"] < 1
 
 
 def test_classes_may_be_called_like_a_line_of_the_table():

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from keras_vit import VisionTransformer, attention_rollout, attention_scores, patch_weights
+from keras_vit import (
+    VisionTransformer,
+    attention_distance,
+    attention_rollout,
+    attention_scores,
+    patch_filters,
+    patch_weights,
+)
 from keras_vit.data import read_image
 from keras_vit.reporting import page as pages
 from keras_vit.reporting.metrics import predict
@@ -235,6 +242,34 @@ def test_patches_and_maps_are_chosen_by_pointer_and_keyboard(small, path, open_p
     says("block 3, head 1 · from class token")
 
 
+def test_what_the_model_learned_unfolds_and_follows_the_picture(small, path, open_page):
+    model, images = small
+    page = answered(open_page(path, reduced_motion="reduce"))
+    assert page.locator(".lessons").is_hidden()
+    page.locator(".learned summary").press("Enter")
+    kernel, _ = model.get_layer("patch_embedding").get_weights()
+    # As many components as pixels of a patch, which explain all of the variance.
+    percents = [float(text) for text in page.locator(".filters span").all_inner_texts()]
+    assert len(percents) == len(patch_filters(kernel, 4)[0])
+    assert sum(percents) == pytest.approx(100, abs=0.5)
+    size = "image => [image.naturalHeight, image.naturalWidth]"
+    mosaic = page.locator("figure > img")
+    assert mosaic.evaluate(size) == [2 * (2 + 1) - 1, 3 * (3 + 1) - 1]
+    for index in (0, 3):
+        page.locator(".thumbnails button").nth(index).click()
+        page.locator(f".thumbnails button:nth-child({index + 1})[aria-pressed=true]").wait_for()
+        answered(page)
+        titles = page.locator(".plot i:not(.mean)").evaluate_all("dots => dots.map(x => x.title)")
+        scores = attention_scores(model, images[index : index + 1])
+        expected = attention_distance(scores, grid=(2, 3), patch_size=4)[0]
+        found = np.array([float(title.split(": ")[1]) for title in titles]).reshape(3, 2)
+        np.testing.assert_allclose(found, expected, atol=0.051)
+        assert titles[5].startswith("block 3, head 2: ")
+    assert page.locator(".plot .unread").count() == 2
+    means = "; ".join(f"block {i}: {x:.1f}" for i, x in enumerate(expected.mean(axis=1), start=1))
+    assert page.locator(".plot").get_attribute("aria-label").endswith(f"mean of 2 heads: {means}")
+
+
 def test_pictures_are_dropped_and_pasted(small, path, open_page):
     model, images = small
     page = answered(open_page(path, reduced_motion="reduce"))
@@ -305,7 +340,7 @@ def test_models_that_a_page_cannot_run_are_named(small, monkeypatch, tmp_path):
     quantized.get_layer("head").quantize("int8")
     broken.get_layer("head").bias.assign([0, np.nan, 0])
     for wrong, message in [
-        (keras.Sequential([keras.Input((2,))]), "Received: model of class Sequential"),
+        (keras.models.clone_model(model), "of class Functional. In place of `keras.models.clone"),
         (VisionTransformer(**{**SMALL, "image_shape": (8, 12, 4)}), "1 or 3 channels.*with 4"),
         (
             VisionTransformer(**{**SMALL, "augmentation": [keras.layers.Rescaling(0.5, name="r")]}),

@@ -270,6 +270,16 @@ def test_the_report_follows_the_nine_points_and_adds_a_tenth_with_the_runs_numbe
     assert (run / "report.html").stat().st_size < 6 * 2**20
 
 
+def test_the_report_leads_to_the_page_that_runs_the_model(run, open_page):
+    page = open_page(run / "report.html")
+    link = page.locator("header p a")
+    assert link.inner_text() == "Try the model on a picture of your own"
+    page = open_page(run / link.get_attribute("href"))
+    page.locator("main:not(.waiting)").wait_for()
+    assert page.locator("h1").inner_text() == "$_$, accuracy or blå?"
+    assert page.locator(".thumbnails button").count() == 12
+
+
 def test_the_source_is_shown_as_it_is(run, open_page):
     page = open_page(run / "report.html")
     fold = page.locator("#patches details")
@@ -313,7 +323,8 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     assert sums["report.html"] == hashlib.sha256(content).hexdigest()
     assert main.main(["report", str(again), "--language", "pl"]) == 0
     assert languages == ["pl"]
-    assert "report.pl.html" in (again / "SHA256SUMS").read_text()
+    sums = (again / "SHA256SUMS").read_text()
+    assert "report.pl.html" in sums and "page.pl.html" in sums
     assert (again / "report.html").read_text(encoding="utf-8") == after
     page = open_page(again / "report.pl.html")
     assert page.locator("html").get_attribute("lang") == "pl"
@@ -354,7 +365,7 @@ def test_both_languages_say_the_same_things():
 
 def test_a_report_is_written_on_data_that_have_moved(run, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(report_command, "draw", lambda *_: None)
-    monkeypatch.setattr(report_command, "write_page", lambda *_: None)
+    monkeypatch.setattr(report_command, "write_pages", lambda *_: None)
     again, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(run, again)
     shutil.copytree(run.parent / "images", moved)

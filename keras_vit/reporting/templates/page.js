@@ -209,6 +209,51 @@
       return found.scores.subarray(start, start + tokens);
     });
     explain();
+    measure();
+  }
+
+  // Draws how far each head looks in the picture: the distance between two patches, weighted by attention.
+  function measure() {
+    if (!answer || !$(".learned").open) return;
+    const count = rows * columns, first = tokens - count, apart = new Float32Array(count * count);
+    for (let i = 0; i < count; i++) for (let j = 0; j < count; j++)
+      apart[i * count + j] = model.sizes.patch * Math.hypot(Math.floor(i / columns) - Math.floor(j / columns), i % columns - j % columns);
+    const distances = Array.from({ length: blocks * heads }, (_, matrix) => {
+      let sum = 0, total = 0;
+      for (let i = 0; i < count; i++) {
+        const row = (matrix * tokens + first + i) * tokens + first;
+        for (let j = 0; j < count; j++) {
+          total += answer.scores[row + j];
+          sum += answer.scores[row + j] * apart[i * count + j];
+        }
+      }
+      return total > 0 ? sum / total : 0;
+    });
+    const plot = $(".plot"), uniform = apart.reduce((a, b) => a + b) / apart.length;
+    const top = 1.1 * Math.max(uniform, ...distances, 1e-9), told = [];
+    const shown = (value) => value.toFixed(1).replace(".", explorer.decimal);
+    const place = (name, kind, block, value, text = "") => {
+      const mark = Object.assign(element(name, plot, text), { className: kind });
+      if (block) mark.style.left = `${100 * (block - 0.5) / blocks}%`;
+      if (value !== null) mark.style.bottom = `${100 * value / top}%`;
+      return mark;
+    };
+    plot.replaceChildren();
+    place("hr", "", 0, uniform);
+    place("span", "level", 0, uniform, shown(uniform));
+    place("span", "level", 0, 0, "0");
+    for (let block = 1; block <= blocks; block++) {
+      const values = distances.slice((block - 1) * heads, block * heads), mean = values.reduce((a, b) => a + b) / heads;
+      place("span", "block", block, null, block);
+      values.forEach((value, head) => {
+        const mark = place("i", class_token && block === blocks ? "dot unread" : "dot", block, value);
+        mark.title = `${nameOfMap({ block, head })}: ${shown(value)}`;
+      });
+      place("i", "dot mean", block, mean);
+      told.push(`${explorer.block} ${block}: ${shown(mean)}`);
+    }
+    plot.setAttribute("aria-label", `${texts.distance}. ${filled(texts.all_heads, { heads })}: ${told.join("; ")}`);
+    $("#distance").hidden = false;
   }
 
   // Draws the maps for what is selected.
@@ -363,6 +408,7 @@
   $("#strength").oninput = draw;
   $("#pixels").onchange = (event) => { const id = state.image; play({ pixels: event.target.checked && seen ? 1 : 0 }, () => id === state.image); };
   dark.onchange = explain;
+  $(".learned").ontoggle = measure;
   new ResizeObserver(fit).observe(panel);
   build();
   $(".thumbnails button")?.click();
