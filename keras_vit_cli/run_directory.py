@@ -35,7 +35,7 @@ from keras_vit_cli.settings import LANGUAGES, current_names
 # Settings that may change when a run resumes.
 MAY_CHANGE = {
     *("data_dir", "figures_dir", "language", "output"),
-    *("precision", "save_every", "tensorboard"),
+    *("distribute", "precision", "save_every", "tensorboard"),
 }
 
 
@@ -152,7 +152,7 @@ class RunDirectory:
     def remove_checkpoints(self):
         """Removes the checkpoints, and their folder unless other files lie there."""
         for path in self.checkpoints.glob(CHECKPOINT_NAMES):
-            path.unlink()
+            path.unlink(missing_ok=True)  # Another process may be about to remove it.
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()
 

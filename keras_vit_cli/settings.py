@@ -81,6 +81,11 @@ class Settings:
     backend: str | None = option(
         None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
     )
+    distribute: str | None = option(
+        None,
+        "train on all devices of this machine, or of all hosts that run this command (JAX only)",
+        choices=("devices", "hosts"),
+    )
     precision: str = option(
         "float32",
         "what most layers compute in; weights, loss and logits stay in float32",

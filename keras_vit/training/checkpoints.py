@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import platform
 import re
 import warnings
 
@@ -18,7 +19,7 @@ import ml_dtypes  # noqa: F401  Registers `bfloat16` and the like with NumPy.
 import numpy as np
 from keras import ops
 
-from keras_vit import __version__
+from keras_vit import __version__, distribution
 from keras_vit.files import atomic_write
 
 FOLDER = "checkpoints"  # In the run directory.
@@ -52,6 +53,7 @@ class Checkpoint:
         arrays: dictionary of NumPy arrays, as `copy_of_state` returns it.
         precision: string, compute dtype of the layers, such as `"bfloat16"`.
         versions: dictionary of strings, package versions that wrote the checkpoint.
+        devices: string, the devices that wrote it, such as `"1 device"`.
     """
 
     epoch: int
@@ -62,6 +64,7 @@ class Checkpoint:
     arrays: dict
     precision: str = ""
     versions: dict = dataclasses.field(default_factory=versions)
+    devices: str = "1 device"
 
     @property
     def last_epoch(self):
@@ -235,6 +238,34 @@ def newest(folder):
     Raises:
         DifferentVariables: if it is from a version that did not store the names of variables.
     """
+    path, content = _newest_intact(folder)
+    return _read(content, path) if path else None
+
+
+def newest_of_first(folder):
+    """The newest intact `Checkpoint` in a folder of the first process, for all processes.
+
+    Args:
+        folder: `Path`, on the disk of each process or on one that they share.
+
+    Raises:
+        DifferentVariables: if it is from a version that did not store the names of variables.
+        DistributionError: if there is none, but another process has one in its folder.
+    """
+    path, content = _newest_intact(folder) if distribution.is_first() else (None, b"")
+    content = distribution.broadcast(content)
+    found = distribution.gather(platform.node() if any(folder.glob(NAMES)) else "")
+    if not content and any(found):
+        index = next(index for index, host in enumerate(found) if host)
+        raise distribution.DistributionError(
+            f"process 0 has no checkpoint in {folder}, but process {index} on {found[index]} has: "
+            "make that one process 0, or copy its run directory to process 0"
+        )
+    return _read(content, path or folder) if content else None
+
+
+def _newest_intact(folder):
+    """The path and the content of the newest intact checkpoint; None and nothing without one."""
     for path in sorted(folder.glob(NAMES), reverse=True):
         content = path.read_bytes()
         digest, content = content[:32], content[32:]
@@ -242,16 +273,21 @@ def newest(folder):
             warnings.warn(f"{path} is damaged, resuming from the previous checkpoint", stacklevel=2)
             path.unlink()
             continue
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            metadata = json.loads(str(file["place"]))
-            if "variables" not in metadata:
-                raise DifferentVariables(
-                    f"{path} was written by an older version of keras_vit, which did not store "
-                    "the names of the variables"
-                )
-            arrays = {
-                name: file[f"{index}"].view(dtype)
-                for index, (name, dtype) in enumerate(metadata.pop("variables"))
-            }
-        return Checkpoint(**metadata, arrays=arrays)
-    return None
+        return path, content
+    return None, b""
+
+
+def _read(content, path):
+    """The `Checkpoint` that a file holds, after its digest."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        metadata = json.loads(str(file["place"]))
+        if "variables" not in metadata:
+            raise DifferentVariables(
+                f"{path} was written by an older version of keras_vit, which did not store the "
+                "names of the variables"
+            )
+        arrays = {
+            name: file[f"{index}"].view(dtype)
+            for index, (name, dtype) in enumerate(metadata.pop("variables"))
+        }
+    return Checkpoint(**metadata, arrays=arrays)
