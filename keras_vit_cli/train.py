@@ -73,6 +73,9 @@ def _run(settings, figures_dir):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(explaining_failed_writes(run_dir))
+        if not settings.overwrite:
+            with explaining_failures(settings):
+                checkpoints.check_first(run_dir.checkpoints)
         with explaining_failures(settings), distribution.together():
             if is_first:
                 stack.enter_context(run_dir.prepared(settings, keras.backend.backend(), dataset))
@@ -177,6 +180,7 @@ def facts(settings, dataset, validation):
     jax = importlib.metadata.version("jax")
     held_out = [] if validation is None else [hashlib.sha256(x).hexdigest() for x in validation]
     chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
+    chosen["overwrite"] = settings.overwrite
     versions = {**checkpoints.versions(), "jax": jax}
     images = {"training data": digest(dataset), "validation data": held_out}
     return json.loads(json.dumps({**versions, **chosen, **images}))
@@ -357,8 +361,16 @@ def explained(error, settings):
     if isinstance(error, training.Interrupted):
         same = "the same command" + (" without --overwrite" if settings.overwrite else "")
         return Stopped(f"{error} Run {same} to continue.", error.status)
+    if isinstance(error, checkpoints.NotOnFirst):
+        return CommandError(f"{error}, or start over with --overwrite")
     if isinstance(error, distribution.DistributionError):
         return CommandError(str(error))
+    if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
+        return CommandError(
+            "another process has ended, as its own output may explain. Run the same command in all "
+            f"of them to continue ({str(error).strip().splitlines()[0]:.200})",
+            status=1,
+        )
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training

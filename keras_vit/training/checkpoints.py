@@ -6,6 +6,7 @@ metrics of earlier epochs. Here one file holds all of it, is written atomically,
 checksum, and stores each variable by name.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -25,6 +26,7 @@ from keras_vit.files import atomic_write
 FOLDER = "checkpoints"  # In the run directory.
 KEPT = 2
 NAMES = "step-*.checkpoint"
+NOTE = "host"  # Of the first process, which writes them.
 # What `keras.optimizers.LossScaleOptimizer`, which float16 needs, adds to an optimizer.
 LOSS_SCALE = "loss_scale_optimizer/"
 # Most variables that an error lists.
@@ -33,6 +35,10 @@ SHOWN = 5
 
 class DifferentVariables(Exception):
     """A checkpoint does not have the variables of the model, or lacks their names."""
+
+
+class NotOnFirst(distribution.DistributionError):
+    """The first of several processes lacks the checkpoints of the run."""
 
 
 def versions():
@@ -245,23 +251,43 @@ def newest(folder):
 def newest_of_first(folder):
     """The newest intact `Checkpoint` in a folder of the first process, for all processes.
 
-    Args:
-        folder: `Path`, on the disk of each process or on one that they share.
-
     Raises:
         DifferentVariables: if it is from a version that did not store the names of variables.
-        DistributionError: if there is none, but another process has one in its folder.
     """
     path, content = _newest_intact(folder) if distribution.is_first() else (None, b"")
     content = distribution.broadcast(content)
-    found = distribution.gather(platform.node() if any(folder.glob(NAMES)) else "")
-    if not content and any(found):
-        index = next(index for index, host in enumerate(found) if host)
-        raise distribution.DistributionError(
-            f"process 0 has no checkpoint in {folder}, but process {index} on {found[index]} has: "
-            "make that one process 0, or copy its run directory to process 0"
-        )
     return _read(content, path or folder) if content else None
+
+
+def note(folder, host):
+    """Notes in a process that writes no checkpoints on which host the first process does."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOTE).write_text(host, encoding="utf-8")
+
+
+def check_first(folder):
+    """Raises a `NotOnFirst` if the first process lacks a checkpoint that any process knows of.
+
+    Args:
+        folder: `Path`, on a disk that the processes share or on one of this process.
+    """
+    path = folder / NOTE
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = distribution.gather(json.dumps([platform.node(), any(folder.glob(NAMES)), known]))
+    (first, has_one, _), *_ = rows = [json.loads(row) for row in rows]
+    if has_one:
+        return
+    for index, (host, has_one, known) in enumerate(rows):
+        # A run that ended before its first checkpoint was complete starts over.
+        if has_one or known not in ("", first):
+            there = (
+                f"process {index} on {host} has one" if has_one else f"one was written on {known}"
+            )
+            raise NotOnFirst(
+                f"process 0 on {first} has no checkpoint in {folder}, but {there}: start process 0 "
+                "there, or copy the folder of the run"
+            )
 
 
 def _newest_intact(folder):

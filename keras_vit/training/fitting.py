@@ -154,7 +154,6 @@ def fit(
             saved.
         Diverged: if the loss becomes NaN or infinite; the last checkpoint is from before that.
         DifferentData: if the checkpoint was made with different training images or labels.
-        DistributionError: if the first of several processes lacks the checkpoint of another one.
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     stages = stages_of(recipe, dataset.image_shape)

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import csv
 import math
+import platform
 import signal
 import threading
 import time
@@ -89,6 +90,10 @@ class Journal(keras.callbacks.Callback):
         self.data, self.costs, self.early_stopping = data, costs, early_stopping
         self._precision = model.get_layer("norm").compute_dtype
         self.run_dir = run_dir if distribution.is_first() else None
+        self._notes = (
+            None if distribution.is_first() or not run_dir else run_dir / checkpoints.FOLDER
+        )
+        self._first_host = distribution.gather(platform.node())[0]
         self.batches, self.save_every = batches, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
         self._total, self._signals, self._steps = batches.num_batches, [], 0
@@ -237,6 +242,8 @@ class Journal(keras.callbacks.Callback):
                 signal.signal(number, handler)
 
     def _save(self, batch):
+        if self._notes:
+            checkpoints.note(self._notes, self._first_host)
         if not self.run_dir:
             return
         if keras.backend.backend() == "jax":
