@@ -36,7 +36,7 @@ from keras_vit_cli.settings import LANGUAGES, current_names
 # Settings that may change when a run resumes.
 MAY_CHANGE = {
     *("data_dir", "figures_dir", "language", "output"),
-    *("distribute", "precision", "save_every", "tensorboard"),
+    *("precision", "save_every", "tensorboard"),
 }
 
 

@@ -365,12 +365,6 @@ def explained(error, settings):
         return CommandError(f"{error}, or start over with --overwrite")
     if isinstance(error, distribution.DistributionError):
         return CommandError(str(error))
-    if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
-        return CommandError(
-            "another process has ended, as its own output may explain. Run the same command in all "
-            f"of them to continue ({str(error).strip().splitlines()[0]:.200})",
-            status=1,
-        )
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training
@@ -378,5 +372,11 @@ def explained(error, settings):
             f"a model of --embed-dim {recipe.embed_dim} and --depth {recipe.depth} on batches of "
             f"--batch-size {recipe.batch_size} needs more memory than this machine has: try "
             "smaller ones, or a larger --patch-size"
+        )
+    if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
+        return CommandError(
+            "another process has ended, as its own output may explain. Run the same command in all "
+            f"of them to continue ({str(error).strip().splitlines()[0]:.200})",
+            status=1,
         )
     return None

@@ -154,6 +154,7 @@ def fit(
             saved.
         Diverged: if the loss becomes NaN or infinite; the last checkpoint is from before that.
         DifferentData: if the checkpoint was made with different training images or labels.
+        DistributionError: if the rest of an epoch fills no batch on the number of devices.
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     stages = stages_of(recipe, dataset.image_shape)
@@ -218,6 +219,11 @@ def fit(
         # The rest of an interrupted epoch: the number of its batches differs from the others'.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
+            if not batches.num_batches:  # The other devices filled one batch more.
+                raise distribution.DistributionError(
+                    "the checkpoint lies after the last batch that an epoch has on "
+                    f"{distribution.topology()}: resume on {checkpoint.devices}"
+                )
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
         fit_until(stages[first].end)

@@ -26,6 +26,7 @@ from test_training import colours, small_recipe
 
 from keras_vit import distribution, training
 from keras_vit.data.batches import Batches, InOrder
+from keras_vit_cli import main
 
 needs_jax = pytest.mark.skipif(
     importlib.util.find_spec("jax") is None, reason="only JAX distributes training"
@@ -281,10 +282,15 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_with_others_to_try(se
 # How processes find each other.
 
 
-def test_another_backend_is_refused_with_what_to_type(monkeypatch):
+@pytest.mark.parametrize("kind", ["devices", "hosts"])
+def test_another_backend_is_refused_with_what_to_type(kind, capsys, monkeypatch):
     monkeypatch.setattr(keras.backend, "backend", lambda: "torch")
-    with pytest.raises(distribution.DistributionError, match="torch: add --backend jax$"):
-        distribution.connect("devices")
+    with pytest.raises(distribution.DistributionError) as refusal:
+        distribution.connect(kind)
+    assert str(refusal.value).endswith("computes with torch: add --backend jax")
+    if kind == "devices":  # The other one ends the process.
+        assert main.train(["--distribute=devices", "--dataset=digits"]) == 2
+        assert capsys.readouterr().err == f"error: {refusal.value}\n"
 
 
 @pytest.fixture
@@ -296,7 +302,6 @@ def met(monkeypatch):
     found = {}
     client = types.SimpleNamespace(connect=lambda: None)
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
-    monkeypatch.setattr(distributed, "global_state", distributed.State())
     monkeypatch.setattr(distributed.State, "initialize_preemption_sync_manager", lambda _: None)
     monkeypatch.setattr(
         _jax,
@@ -316,6 +321,7 @@ def met(monkeypatch):
     def connected(variables):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
+        monkeypatch.setattr(distributed, "global_state", distributed.State())
         distribution._connect_processes()
         return found["address"], distributed.global_state.num_processes, found["index"]
 
@@ -342,7 +348,7 @@ def test_processes_are_found_by_keras_variables_slurm_open_mpi_and_kubeflow(met,
                 "OMPI_COMM_WORLD_RANK": "3",
                 "OMPI_COMM_WORLD_LOCAL_RANK": "1",
             },
-            ("10.96.0.1:64924", 4, 3),
+            ("10.96.0.1:62624", 4, 3),
         ),
     ]
     for variables, expected in launchers:
@@ -521,6 +527,11 @@ def is_further(folder, before, process):
     return saved(folder) - before or process.poll() is not None
 
 
+def has_started(folder, before, process):
+    """Whether the processes of a run have met and agreed, or one of them has ended."""
+    return "Compiling" in output(folder) or process.poll() is not None
+
+
 @needs_jax
 @pytest.mark.faults
 def test_a_killed_process_ends_the_other_and_all_resume_without_loss(pair, tmp_path):
@@ -533,9 +544,10 @@ def test_a_killed_process_ends_the_other_and_all_resume_without_loss(pair, tmp_p
         before = saved(killed)
         processes = pair(killed, *recipe)
         victim, other = processes[kill % 2], processes[1 - kill % 2]
-        if kill % 4 < 2:  # Soon after a checkpoint, else while the processes start.
-            wait_for(partial(is_further, killed, before, victim))
-        time.sleep(rng.uniform(0, 0.3) if kill % 4 < 2 else rng.uniform(0, 3))
+        # Soon after a checkpoint, or while the first step is compiled.
+        soon = is_further if kill % 4 < 2 else has_started
+        wait_for(partial(soon, killed, before, victim))
+        time.sleep(rng.uniform(0, 0.3))
         assert victim.poll() is None, "the run was over too early: make it longer"
         victim.kill()
         killed_at = time.monotonic()
