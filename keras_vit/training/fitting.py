@@ -222,7 +222,7 @@ def fit(
             if not batches.num_batches:  # The other devices filled one batch more.
                 raise distribution.DistributionError(
                     "the checkpoint lies after the last batch that an epoch has on "
-                    f"{distribution.topology()}: resume on {checkpoint.devices}"
+                    f"{distribution.topology()}: resume on those that it was written on"
                 )
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
