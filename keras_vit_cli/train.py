@@ -51,14 +51,14 @@ def run(settings, figures_dir=None):
     """
     with contextlib.ExitStack() as stack:
         if not distribution.is_first():
-            nowhere = stack.enter_context(open(os.devnull, "w"))
+            nowhere = stack.enter_context(open(os.devnull, "w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         return _run(settings, settings.figures_dir or figures_dir)
 
 
 def _run(settings, figures_dir):
     start, is_first = time.perf_counter(), distribution.is_first()
-    with explaining_failures(settings), distribution.together():
+    with together():
         settings, pretrained, dataset, validation = prepare(settings, figures_dir)
     run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
@@ -76,7 +76,7 @@ def _run(settings, figures_dir):
         if not settings.overwrite:
             with explaining_failures(settings):
                 checkpoints.check_first(run_dir.checkpoints)
-        with explaining_failures(settings), distribution.together():
+        with together():
             if is_first:
                 stack.enter_context(run_dir.prepared(settings, keras.backend.backend(), dataset))
                 make_output(figures)
@@ -128,6 +128,19 @@ def _run(settings, figures_dir):
         run_dir.remove_checkpoints()
     print(f"Model, metrics and report: {run_dir}. Pictures: {figures}.")
     return 0
+
+
+@contextlib.contextmanager
+def together():
+    """Ends with a `CommandError` in all processes what one of them raises one in."""
+    try:
+        with distribution.together():
+            yield
+    except Exception as error:
+        failure = lost(error)
+        if failure is None:
+            raise
+        raise failure from error
 
 
 def prepare(settings, figures_dir):
@@ -361,10 +374,6 @@ def explained(error, settings):
     if isinstance(error, training.Interrupted):
         same = "the same command" + (" without --overwrite" if settings.overwrite else "")
         return Stopped(f"{error} Run {same} to continue.", error.status)
-    if isinstance(error, checkpoints.NotOnFirst):
-        return CommandError(f"{error}, or start over with --overwrite")
-    if isinstance(error, distribution.DistributionError):
-        return CommandError(str(error))
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training
@@ -373,10 +382,20 @@ def explained(error, settings):
             f"--batch-size {recipe.batch_size} needs more memory than this machine has: try "
             "smaller ones, or a larger --patch-size"
         )
+    return lost(error)
+
+
+def lost(error):
+    """What went wrong between processes as a `CommandError`; None for anything else."""
+    if isinstance(error, checkpoints.NotOnFirst):
+        return CommandError(f"{error}, or start over with --overwrite")
+    if isinstance(error, distribution.DistributionError):
+        return CommandError(str(error))
     if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
+        reason = str(error).strip().splitlines()[0]
         return CommandError(
             "another process has ended, as its own output may explain. Run the same command in all "
-            f"of them to continue ({str(error).strip().splitlines()[0]:.200})",
+            f"of them to continue ({reason:.200})",
             status=1,
         )
     return None
