@@ -41,6 +41,8 @@ def connect(kind):
         kind: `"devices"` for all devices of this process, `"hosts"` for those of all processes of
             a job, which are found by JAX or by Keras's `KERAS_DISTRIBUTION_*` variables.
 
+    JAX aborts the process if the others do not come within `STARTING` seconds.
+
     Raises:
         DistributionError: if Keras does not compute with JAX, or the processes cannot be found.
     """
@@ -106,15 +108,8 @@ def _connect_processes():
             f"install kubernetes`): set {ADDRESSES}=host0:1234, {PROCESSES}=2 and {PROCESS}=0 or "
             f"1 in the environment of each process. Received: {received or 'none of them'}"
         ) from error
-    except RuntimeError as error:
-        raise DistributionError(
-            f"--distribute hosts: the processes of the job have not met ({_first_line(error)}). "
-            "Start the same command in all of them"
-        ) from error
-
-
-def _first_line(error):
-    return str(error).strip().split("\n")[0]
+    except RuntimeError as error:  # Such as what Kubernetes answers.
+        raise DistributionError(f"--distribute hosts: {' '.join(str(error).split())}") from error
 
 
 def devices():

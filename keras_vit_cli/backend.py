@@ -40,6 +40,9 @@ def distribute(kind):
     """Has Keras, which is imported by now, distribute what is built over devices or hosts."""
     from keras_vit import distribution
 
+    if kind == "hosts":
+        minutes = distribution.STARTING // 60
+        print(f"Waiting up to {minutes} minutes for the other processes of the job.", flush=True)
     try:
         distribution.connect(kind)
     except distribution.DistributionError as error:
