@@ -228,14 +228,14 @@ def agree(facts):
     for index, other in enumerate(others, start=1):
         expected, found = first["facts"], other["facts"]
         differences = [
-            f"{name} is {found.get(name)!r} there and {expected.get(name)!r} here"
+            f"{name} is {found.get(name)!r} there and {expected.get(name)!r} in process 0"
             for name in {**expected, **found}
             if found.get(name) != expected.get(name)
         ]
         if differences:
             raise DistributionError(
                 f"process {index} on {other['host']} differs from process 0 on {first['host']}: "
-                f"{'; '.join(differences)}".replace(" here", " in process 0")
+                f"{'; '.join(differences)}"
             )
 
 

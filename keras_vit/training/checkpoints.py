@@ -275,7 +275,8 @@ def check_first(folder):
     path = folder / NOTE
     known = path.read_text(encoding="utf-8") if path.exists() else ""
     rows = distribution.gather(json.dumps([platform.node(), any(folder.glob(NAMES)), known]))
-    (first, has_one, _), *_ = rows = [json.loads(row) for row in rows]
+    rows = [json.loads(row) for row in rows]
+    first, has_one, _ = rows[0]
     if has_one:
         return
     for index, (host, has_one, known) in enumerate(rows):
