@@ -34,7 +34,11 @@ needs_jax = pytest.mark.skipif(
 
 PROGRAM = """
 import sys
-sys.modules["tensorflow"] = None  # Importing it takes longer than the training.
+class WithoutTensorFlow:  # Importing it takes longer than the training.
+    def find_spec(name, *_):
+        if name == "tensorflow":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, WithoutTensorFlow)
 sys.path[:0] = {paths!r}
 import test_distribution
 sys.exit(getattr(test_distribution, sys.argv[1])(*sys.argv[2:]))
