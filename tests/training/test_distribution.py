@@ -34,11 +34,6 @@ needs_jax = pytest.mark.skipif(
 
 PROGRAM = """
 import sys
-class WithoutTensorFlow:  # Importing it takes longer than the training.
-    def find_spec(name, *_):
-        if name == "tensorflow":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, WithoutTensorFlow)
 sys.path[:0] = {paths!r}
 import test_distribution
 sys.exit(getattr(test_distribution, sys.argv[1])(*sys.argv[2:]))
@@ -105,8 +100,10 @@ def train_from_command_line(folder, *arguments):
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """A folder of compiled programs, so that each is compiled once."""
-    return tmp_path_factory.mktemp("compiled")
+    """A folder of compiled programs, and of a TensorFlow that is quick to import: there is none."""
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "tensorflow.py").write_text("raise ImportError('left out')")
+    return folder
 
 
 @pytest.fixture
@@ -122,7 +119,7 @@ def start(compiled):
                 subprocess.Popen(
                     [
                         *(sys.executable, "-c"),
-                        PROGRAM.format(paths=[str(HERE), str(HERE.parent), str(ROOT)]),
+                        PROGRAM.format(paths=[*map(str, (compiled, HERE, HERE.parent, ROOT))]),
                         *map(str, words),
                     ],
                     env={**os.environ, **defaults, **environment},
