@@ -36,6 +36,19 @@ def require(package, what):
         raise CommandError(f"{what} needs a package that is missing: try `pip install {package}`")
 
 
+def distribute(kind):
+    """Has Keras, which is imported by now, distribute what is built over devices or hosts."""
+    from keras_vit import distribution
+
+    if kind == "hosts":
+        minutes = distribution.STARTING // 60
+        print(f"Waiting up to {minutes} minutes for the other processes of the job.", flush=True)
+    try:
+        distribution.connect(kind)
+    except distribution.DistributionError as error:
+        raise CommandError(str(error)) from error
+
+
 @contextlib.contextmanager
 def quiet():
     """Holds back what TensorFlow's libraries write to stderr while they load, unless that fails."""

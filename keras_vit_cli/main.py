@@ -4,6 +4,7 @@ import importlib
 import os
 import pathlib
 import sys
+import traceback
 
 from keras_vit_cli import backend, settings, streams
 from keras_vit_cli.backend import BACKENDS
@@ -38,7 +39,27 @@ def train(arguments=None, prog="train.py", figures_dir: str | None = "figures"):
 
 def _train(arguments, prog, figures_dir):
     chosen = settings.parse(arguments, prog)
-    return _command("train", chosen.backend)(chosen, figures_dir)
+    if chosen.distribute != "hosts":
+        return _command("train", chosen.backend, chosen.distribute)(chosen, figures_dir)
+    return _one_of_several(chosen, figures_dir)
+
+
+def _one_of_several(chosen, figures_dir):
+    """Trains in one of several processes; a failure ends this one at once.
+
+    On exit, JAX would wait for the others, which wait for this one's part of the next step.
+    """
+    status = 1
+    try:
+        status = _ended(
+            lambda: _command("train", chosen.backend, chosen.distribute)(chosen, figures_dir)
+        )
+    except Exception:
+        traceback.print_exc()
+    if status in (0, 143):  # All processes finish, or have saved the same step.
+        return status
+    streams.flush()
+    os._exit(status)
 
 
 def _run(arguments):
@@ -46,11 +67,14 @@ def _run(arguments):
     return _command(options.command, options.backend)(options)
 
 
-def _command(name, chosen):
+def _command(name, chosen, distribute=None):
     """The function `run` of a command's module, which imports Keras: its backend is settled."""
     backend.choose(chosen)
     with backend.quiet():
         run = importlib.import_module(f"keras_vit_cli.{name}").run
+    if distribute:
+        backend.distribute(distribute)
+    with backend.quiet():
         # TensorFlow and JAX look for GPUs when they are first asked, and say so.
         importlib.import_module("keras_vit.devices").accelerators()
         return run

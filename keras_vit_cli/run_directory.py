@@ -23,6 +23,7 @@ from keras_vit.loading import ModelError, check_archive
 from keras_vit.training import (
     BEST_MODEL,
     CHECKPOINT_NAMES,
+    CHECKPOINT_NOTE,
     CHECKPOINTS,
     HISTORY,
     TIMING,
@@ -157,8 +158,8 @@ class RunDirectory:
 
     def remove_checkpoints(self):
         """Removes the checkpoints, and their folder unless other files lie there."""
-        for path in self.checkpoints.glob(CHECKPOINT_NAMES):
-            path.unlink()
+        for path in (*self.checkpoints.glob(CHECKPOINT_NAMES), self.checkpoints / CHECKPOINT_NOTE):
+            path.unlink(missing_ok=True)  # Another process may be about to remove it.
         with contextlib.suppress(OSError):
             self.checkpoints.rmdir()
 

@@ -81,6 +81,11 @@ class Settings:
     backend: str | None = option(
         None, "what Keras computes with (default: Keras's own choice)", choices=BACKENDS
     )
+    distribute: str | None = option(
+        None,
+        "train on all devices of this machine, or of all hosts that run this command (JAX only)",
+        choices=("devices", "hosts"),
+    )
     precision: str = option(
         "float32",
         "what most layers compute in; weights, loss and logits stay in float32",
@@ -101,8 +106,9 @@ class Settings:
     dataset_from_file: bool = dataclasses.field(default=False, compare=False)
 
     def to_json(self):
-        """The settings by name, as `config.json` holds them."""
-        names = [field.name for field in RUN_OPTIONS if field.name != "overwrite"]
+        """The settings by name, as `config.json` holds them, without those of this one start."""
+        once = ("overwrite", "distribute")
+        names = [field.name for field in RUN_OPTIONS if field.name not in once]
         run = {name: getattr(self, name) for name in names}
         return {**run, **{x.name: getattr(self.training, x.name) for x in RECIPE_OPTIONS}}
 

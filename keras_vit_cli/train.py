@@ -2,19 +2,24 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
 import pathlib
 import time
 
 import keras
 import numpy as np
 
-from keras_vit import devices, training
+from keras_vit import devices, distribution, training
 from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
 from keras_vit.data.dataset import digest
 from keras_vit.data.folders import warn
 from keras_vit.files import atomic_write, make_output, write_json
-from keras_vit.loading import ModelError
+from keras_vit.loading import ModelError, load_model
 from keras_vit.presets import load_preset
+from keras_vit.training import checkpoints
 from keras_vit.training.journal import duration
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, Stopped, explaining_failed_writes
@@ -29,6 +34,8 @@ EFFICIENCY = 0.6
 ARCHITECTURE = ("patch_size", "embed_dim", "mlp_dim", "num_heads", "depth", "pooling")
 # From this ratio of the largest class to the smallest on, class weights are suggested.
 IMBALANCED = 5
+# Settings that may differ between processes: places, and what the first one alone does.
+MAY_DIFFER = {"dataset", "data_dir", "output", "figures_dir", "language", "tensorboard"}
 # What the backends' errors say when memory is short.
 OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "not enough memory")
 
@@ -36,51 +43,46 @@ OUT_OF_MEMORY = ("RESOURCE_EXHAUSTED", "OOM when allocating", "out of memory", "
 def run(settings, figures_dir=None):
     """Trains, evaluates, draws and reports; returns the exit status.
 
+    Of several processes that train together, the first one does all but train alone.
+
     Args:
         settings: `Settings`.
         figures_dir: string, default folder of the pictures; None for the run directory.
     """
-    start = time.perf_counter()
-    figures_dir = settings.figures_dir or figures_dir
-    check_device(settings)
-    if figures_dir:
-        check_writable(figures_dir, "--figures-dir")
-        check_apart(figures_dir, settings.dataset, "--figures-dir")
-    run_dir = RunDirectory.of(settings)
-    check_apart(run_dir.path, settings.dataset, "--output")
-    run_dir.check(settings.overwrite)
-    pretrained = load_pretrained(settings)
-    settings, dataset = load(with_architecture_of(settings, pretrained))
-    settings = with_architecture_of(settings, pretrained)  # Of the digits, if `load` took those.
-    check_channels(settings, pretrained, dataset)
-    run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
-    run_dir.check(settings.overwrite)
-    check_patches(settings.training.patch_size, dataset.image_shape[:2])
-    figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
-    check_validation(settings.validation, dataset)
-    try:
-        dataset, validation = dataset.for_training(
-            settings.validation, settings.limit_train, settings.seed
-        )
-        if settings.training.early_stopping and validation is None:
-            raise CommandError(
-                f"--early-stopping {settings.training.early_stopping} needs images to validate "
-                "on: add --validation N"
-            )
-        settings = with_epochs(settings, len(dataset.train_images))
-        keras.utils.set_random_seed(settings.seed)
-        policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
-        with explaining_failures(settings):
-            model = training.build_model(dataset, settings.training, policy, pretrained)
-    except ValueError as error:
-        raise CommandError(str(error)) from error
+    with contextlib.ExitStack() as stack:
+        if not distribution.is_first():
+            nowhere = stack.enter_context(open(os.devnull, "w", errors="replace"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        return _run(settings, settings.figures_dir or figures_dir)
 
-    with (
-        explaining_failed_writes(run_dir),
-        run_dir.prepared(settings, keras.backend.backend(), dataset),
-    ):
-        make_output(figures)
-        announce(settings, dataset, validation, run_dir)
+
+def _run(settings, figures_dir):
+    start, is_first = time.perf_counter(), distribution.is_first()
+    with together():
+        settings, pretrained, dataset, validation = prepare(settings, figures_dir)
+    run_dir = RunDirectory.of(settings)  # May differ if `load` fell back to the digits.
+    figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
+    with explaining_failures(settings):
+        distribution.agree(facts(settings, dataset, validation))
+        try:
+            keras.utils.set_random_seed(settings.seed)
+            policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
+            model = training.build_model(dataset, settings.training, policy, pretrained)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(explaining_failed_writes(run_dir))
+        if not settings.overwrite:
+            with explaining_failures(settings):
+                checkpoints.check_first(run_dir.checkpoints)
+        with together():
+            if is_first:
+                stack.enter_context(run_dir.prepared(settings, keras.backend.backend(), dataset))
+                make_output(figures)
+                announce(settings, dataset, validation, run_dir)
+            elif settings.overwrite:
+                run_dir.remove_checkpoints()  # Of another run, on a disk of this process.
         before = time.perf_counter()
         with explaining_failures(settings), ending_the_progress_bar():
             history = training.fit(
@@ -95,14 +97,22 @@ def run(settings, figures_dir=None):
                 pretrained,
                 bool(settings.extend),
             )
+            trained_on = distribution.topology()
+            is_distributed = distribution.devices() > 1
+            distribution.leave()
+        if not is_first:
+            return 0
         # As if this process had trained every epoch.
         start += time.perf_counter() - before - sum(history["seconds"])
         with atomic_write(run_dir.model) as path:
             model.save(path)
+        if is_distributed:  # On a device of this process.
+            model = load_model(run_dir.model)
         probabilities, metrics = measure(model, dataset, history)
         metrics = {
             **{"dataset": dataset.name, "recipe": settings.recipe, "seed": settings.seed},
             **metrics,
+            **({"distributed": trained_on} if is_distributed else {}),
             "training_data": digest(dataset),
             "wall_seconds": round(time.perf_counter() - start, 1),
         }
@@ -118,6 +128,75 @@ def run(settings, figures_dir=None):
         run_dir.remove_checkpoints()
     print(f"Model, metrics and report: {run_dir}. Pictures: {figures}.")
     return 0
+
+
+@contextlib.contextmanager
+def together():
+    """Ends with a `CommandError` in all processes what one of them raises one in."""
+    try:
+        with distribution.together():
+            yield
+    except Exception as error:
+        failure = lost(error)
+        if failure is None:
+            raise
+        raise failure from error
+
+
+def prepare(settings, figures_dir):
+    """Checks the settings and loads what they name.
+
+    Returns:
+        The settings, now with what depends on the data; the pretrained model or None, the
+        `Dataset` to train on, and the pair `(images, labels)` to validate on or None.
+    """
+    check_device(settings)
+    check_folders(settings, figures_dir)
+    pretrained = load_pretrained(settings)
+    settings, dataset = load(with_architecture_of(settings, pretrained))
+    settings = with_architecture_of(settings, pretrained)  # Of the digits, if `load` took those.
+    check_channels(settings, pretrained, dataset)
+    check_folders(settings, figures_dir)
+    check_patches(settings.training.patch_size, dataset.image_shape[:2])
+    check_validation(settings.validation, dataset)
+    try:
+        distribution.check_batch_size(settings.training.batch_size)
+        dataset, validation = dataset.for_training(
+            settings.validation, settings.limit_train, settings.seed
+        )
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if settings.training.early_stopping and validation is None:
+        raise CommandError(
+            f"--early-stopping {settings.training.early_stopping} needs images to validate "
+            "on: add --validation N"
+        )
+    return with_epochs(settings, len(dataset.train_images)), pretrained, dataset, validation
+
+
+def check_folders(settings, figures_dir):
+    """Raises a `CommandError` unless this process, the first one, may write where it is told to."""
+    if not distribution.is_first():
+        return
+    if figures_dir:
+        check_writable(figures_dir, "--figures-dir")
+        check_apart(figures_dir, settings.dataset, "--figures-dir")
+    run_dir = RunDirectory.of(settings)
+    check_apart(run_dir.path, settings.dataset, "--output")
+    run_dir.check(settings.overwrite)
+
+
+def facts(settings, dataset, validation):
+    """What has to be the same in all processes that train together."""
+    if distribution.processes() == 1:
+        return {}
+    jax = importlib.metadata.version("jax")
+    held_out = [] if validation is None else [hashlib.sha256(x).hexdigest() for x in validation]
+    chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
+    chosen["overwrite"] = settings.overwrite
+    versions = {**checkpoints.versions(), "jax": jax}
+    images = {"training data": digest(dataset), "validation data": held_out}
+    return json.loads(json.dumps({**versions, **chosen, **images}))
 
 
 def check_device(settings):
@@ -166,7 +245,8 @@ def load_pretrained(settings):
     if settings.init_from is None:
         return None
     try:
-        return load_preset(RunDirectory.model_of(settings.init_from))
+        with distribution.suspended():  # Its weights are only copied.
+            return load_preset(RunDirectory.model_of(settings.init_from))
     except ModelError as error:
         raise CommandError(f"--init-from {error}") from error
 
@@ -227,6 +307,14 @@ def announce(settings, dataset, validation, run_dir):
     print(f"Training on {images:,} images of {dataset.name}, into {run_dir}")
     held_out = "" if validation is None else f", {len(validation[1]):,} for validation"
     print(f"{len(dataset.test_labels):,} images set aside for testing{held_out}.")
+    if (count := distribution.devices()) > 1:
+        part = settings.training.batch_size // count
+        print(f"Distributed over {distribution.topology()}: {part} images of a batch on each.")
+        if rest := images % count:
+            print(
+                f"Each epoch leaves out {rest} images, other ones each time: {images:,} are no "
+                f"multiple of {count}."
+            )
     if settings.training.class_weights is None:
         announce_imbalance(dataset)
     if devices.accelerators() or run_dir.has_checkpoint:
@@ -293,5 +381,21 @@ def explained(error, settings):
             f"a model of --embed-dim {recipe.embed_dim} and --depth {recipe.depth} on batches of "
             f"--batch-size {recipe.batch_size} needs more memory than this machine has: try "
             "smaller ones, or a larger --patch-size"
+        )
+    return lost(error)
+
+
+def lost(error):
+    """What went wrong between processes as a `CommandError`; None for anything else."""
+    if isinstance(error, checkpoints.NotOnFirst):
+        return CommandError(f"{error}, or start over with --overwrite")
+    if isinstance(error, distribution.DistributionError):
+        return CommandError(str(error))
+    if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
+        reason = str(error).strip().splitlines()[0]
+        return CommandError(
+            "another process has ended, as its own output may explain. Run the same command in all "
+            f"of them to continue ({reason:.200})",
+            status=1,
         )
     return None

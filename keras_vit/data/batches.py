@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 
+from keras_vit import distribution
 from keras_vit.devices import on_jax_accelerator
 
 # Largest training set that is kept in the memory of a GPU.
@@ -17,30 +18,41 @@ class Batches(keras.utils.PyDataset):
     `fit` creates iterators that it never uses, so the order must not depend on their number: a
     callback calls `start_epoch` instead.
 
+    If training is distributed, each process gets its part of every batch, and the images that do
+    not fill a batch on all devices, others in each epoch, are left out.
+
     Args:
         images: array `(N, H, W, C)`.
         labels: array `(N,)`.
-        batch_size: int, images per batch; the last batch may be smaller.
+        batch_size: int, images per batch of all processes; the last batch may be smaller.
         seed: int, at least 0.
+
+    Raises:
+        ValueError: if `batch_size` is no multiple of the number of devices.
     """
 
     def __init__(self, images, labels, batch_size, seed):
         super().__init__()
+        distribution.check_batch_size(batch_size)
         self.images, self.labels, self.batch_size, self.seed = images, labels, batch_size, seed
         self.start_epoch(1)
 
     def start_epoch(self, epoch, skipped=0):
         """Reshuffles the images for an epoch, counted from one, and skips its first batches."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.labels))
-        self._order = order[skipped * self.batch_size :]
+        used = len(order) - len(order) % distribution.devices()
+        self._order = order[skipped * self.batch_size : used]
 
     @property
     def num_batches(self):
         return math.ceil(len(self._order) / self.batch_size)
 
     def __getitem__(self, index):
-        indices = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self._take(indices)
+        return self._take(self._indices(index))
+
+    def _indices(self, index):
+        batch = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return distribution.own_part(batch)
 
     def _take(self, indices):
         return self.images[indices], self.labels[indices]
@@ -48,6 +60,10 @@ class Batches(keras.utils.PyDataset):
 
 class InOrder(Batches):
     """Batches of images in their original order, for evaluation.
+
+    If evaluation is distributed, copies of an image pad the last batch: their weight is zero and
+    their class is -1. The loss and the accuracy that Keras computes of all these images are too
+    small by a factor, `padding`.
 
     Args:
         images: array `(N, H, W, C)`.
@@ -59,7 +75,21 @@ class InOrder(Batches):
         super().__init__(images, labels, batch_size, seed=0)
 
     def start_epoch(self, epoch, skipped=0):
-        self._order = np.arange(len(self.labels))
+        count = distribution.devices()
+        self._order = np.arange(math.ceil(len(self.labels) / count) * count)
+
+    @property
+    def padding(self):
+        """Number of images with those that pad, divided by that without them."""
+        return len(self._order) / len(self.labels)
+
+    def __getitem__(self, index):
+        if self.padding == 1:
+            return super().__getitem__(index)
+        indices = self._indices(index)
+        real = indices < len(self.labels)
+        images, labels = self._take(np.where(real, indices, 0))
+        return images, np.where(real, labels, -1), real.astype("float32")
 
 
 class DeviceBatches(Batches):
@@ -85,7 +115,8 @@ class DeviceBatches(Batches):
 
 def batches_of(images, labels, batch_size, seed):
     """Training batches as `Batches`, on the device where the backend benefits from it."""
-    kind = DeviceBatches if on_jax_accelerator() else Batches
+    on_device = on_jax_accelerator() and distribution.devices() == 1
+    kind = DeviceBatches if on_device else Batches
     return kind(images, labels, batch_size, seed)
 
 

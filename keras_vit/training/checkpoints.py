@@ -6,10 +6,12 @@ metrics of earlier epochs. Here one file holds all of it, is written atomically,
 checksum, and stores each variable by name.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
+import platform
 import re
 import warnings
 
@@ -18,12 +20,13 @@ import ml_dtypes  # noqa: F401  Registers `bfloat16` and the like with NumPy.
 import numpy as np
 from keras import ops
 
-from keras_vit import __version__
+from keras_vit import __version__, distribution
 from keras_vit.files import atomic_write
 
 FOLDER = "checkpoints"  # In the run directory.
 KEPT = 2
 NAMES = "step-*.checkpoint"
+NOTE = "host"  # Of the first process, which writes them.
 # What `keras.optimizers.LossScaleOptimizer`, which float16 needs, adds to an optimizer.
 LOSS_SCALE = "loss_scale_optimizer/"
 # Most variables that an error lists.
@@ -32,6 +35,10 @@ SHOWN = 5
 
 class DifferentVariables(Exception):
     """A checkpoint does not have the variables of the model, or lacks their names."""
+
+
+class NotOnFirst(distribution.DistributionError):
+    """The first of several processes lacks the checkpoints of the run."""
 
 
 def versions():
@@ -52,6 +59,7 @@ class Checkpoint:
         arrays: dictionary of NumPy arrays, as `copy_of_state` returns it.
         precision: string, compute dtype of the layers, such as `"bfloat16"`.
         versions: dictionary of strings, package versions that wrote the checkpoint.
+        devices: string, the devices that wrote it, such as `"1 device"`.
     """
 
     epoch: int
@@ -62,6 +70,7 @@ class Checkpoint:
     arrays: dict
     precision: str = ""
     versions: dict = dataclasses.field(default_factory=versions)
+    devices: str = "1 device"
 
     @property
     def last_epoch(self):
@@ -235,6 +244,55 @@ def newest(folder):
     Raises:
         DifferentVariables: if it is from a version that did not store the names of variables.
     """
+    path, content = _newest_intact(folder)
+    return _read(content, path) if path else None
+
+
+def newest_of_first(folder):
+    """The newest intact `Checkpoint` in a folder of the first process, for all processes.
+
+    Raises:
+        DifferentVariables: if it is from a version that did not store the names of variables.
+    """
+    path, content = _newest_intact(folder) if distribution.is_first() else (None, b"")
+    content = distribution.broadcast(content)
+    return _read(content, path or folder) if content else None
+
+
+def note(folder, host):
+    """Notes in a process that writes no checkpoints on which host the first process does."""
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOTE).write_text(host, encoding="utf-8")
+
+
+def check_first(folder):
+    """Raises a `NotOnFirst` if the first process lacks a checkpoint that any process knows of.
+
+    Args:
+        folder: `Path`, on a disk that the processes share or on one of this process.
+    """
+    path = folder / NOTE
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    rows = distribution.gather(json.dumps([platform.node(), any(folder.glob(NAMES)), known]))
+    rows = [json.loads(row) for row in rows]
+    first, has_one, _ = rows[0]
+    if has_one:
+        return
+    for index, (host, has_one, known) in enumerate(rows):
+        # A run that ended before its first checkpoint was complete starts over.
+        if has_one or known not in ("", first):
+            there = (
+                f"process {index} on {host} has one" if has_one else f"one was written on {known}"
+            )
+            raise NotOnFirst(
+                f"process 0 on {first} has no checkpoint in {folder}, but {there}: start process 0 "
+                "there, or copy the folder of the run"
+            )
+
+
+def _newest_intact(folder):
+    """The path and the content of the newest intact checkpoint; None and nothing without one."""
     for path in sorted(folder.glob(NAMES), reverse=True):
         content = path.read_bytes()
         digest, content = content[:32], content[32:]
@@ -242,16 +300,21 @@ def newest(folder):
             warnings.warn(f"{path} is damaged, resuming from the previous checkpoint", stacklevel=2)
             path.unlink()
             continue
-        with np.load(io.BytesIO(content), allow_pickle=False) as file:
-            metadata = json.loads(str(file["place"]))
-            if "variables" not in metadata:
-                raise DifferentVariables(
-                    f"{path} was written by an older version of keras_vit, which did not store "
-                    "the names of the variables"
-                )
-            arrays = {
-                name: file[f"{index}"].view(dtype)
-                for index, (name, dtype) in enumerate(metadata.pop("variables"))
-            }
-        return Checkpoint(**metadata, arrays=arrays)
-    return None
+        return path, content
+    return None, b""
+
+
+def _read(content, path):
+    """The `Checkpoint` that a file holds, after its digest."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        metadata = json.loads(str(file["place"]))
+        if "variables" not in metadata:
+            raise DifferentVariables(
+                f"{path} was written by an older version of keras_vit, which did not store the "
+                "names of the variables"
+            )
+        arrays = {
+            name: file[f"{index}"].view(dtype)
+            for index, (name, dtype) in enumerate(metadata.pop("variables"))
+        }
+    return Checkpoint(**metadata, arrays=arrays)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 
+from keras_vit import distribution
 from keras_vit.data.batches import InOrder, batches_of, fed
 from keras_vit.data.dataset import digest
 from keras_vit.devices import accelerators, on_jax_accelerator
@@ -10,7 +11,7 @@ from keras_vit.files import is_terminal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
 from keras_vit.model import VisionTransformer, default_augmentation
-from keras_vit.training.checkpoints import FOLDER, extend, newest
+from keras_vit.training.checkpoints import FOLDER, extend, newest_of_first
 from keras_vit.training.flops import costs_of_epochs
 from keras_vit.training.journal import Journal
 from keras_vit.training.optimizers import Muon
@@ -153,10 +154,11 @@ def fit(
             saved.
         Diverged: if the loss becomes NaN or infinite; the last checkpoint is from before that.
         DifferentData: if the checkpoint was made with different training images or labels.
+        DistributionError: if the rest of an epoch fills no batch on the number of devices.
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
     stages = stages_of(recipe, dataset.image_shape)
-    checkpoint = run_dir and newest(run_dir / FOLDER)
+    checkpoint = newest_of_first(run_dir / FOLDER) if run_dir else None
     last_epoch = checkpoint.last_epoch if checkpoint else 0
     # A run of more epochs than the recipe's has no stage left.
     first = next((i for i, x in enumerate(stages) if last_epoch < x.end), len(stages) - 1)
@@ -184,11 +186,13 @@ def fit(
         schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
         # After the state is restored, and before the journal, which writes down the rate.
         callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
-    if tensorboard and run_dir:
+    if tensorboard and run_dir and distribution.is_first():
         callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
     if validation is not None:
         images, labels = validation
-        validation = fed(InOrder(images, labels, recipe.batch_size))
+        in_order = InOrder(images, labels, recipe.batch_size)
+        callbacks.insert(0, Unpadded(in_order.padding))
+        validation = fed(in_order)
     weights = class_weights(dataset.train_labels, recipe.class_weights)
     settings = {
         "shuffle": False,
@@ -215,6 +219,11 @@ def fit(
         # The rest of an interrupted epoch: the number of its batches differs from the others'.
         if journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
+            if not batches.num_batches:  # The other devices filled one batch more.
+                raise distribution.DistributionError(
+                    "the checkpoint lies after the last batch that an epoch has on "
+                    f"{distribution.topology()}: resume on those that it was written on"
+                )
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)
         fit_until(stages[first].end)
@@ -224,6 +233,23 @@ def fit(
             fit_until(stage.end)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
     return {key: [row[key] for row in journal.rows] for key in measured}
+
+
+class Unpadded(keras.callbacks.Callback):
+    """The callback that corrects the metrics of a padded validation set.
+
+    Args:
+        padding: float, the factor that they are too small by, as `InOrder` has it.
+    """
+
+    def __init__(self, padding):
+        super().__init__()
+        self.padding = padding
+
+    def on_epoch_end(self, epoch, logs):
+        for name in logs:
+            if name.startswith("val_"):
+                logs[name] *= self.padding  # Later callbacks get the same dictionary.
 
 
 def class_weights(labels, kind):
@@ -277,12 +303,15 @@ def compile_model(model, recipe, steps_per_epoch=1):
         loss = LabelSmoothingCrossentropy(recipe.label_smoothing)
     # On a CPU, TensorFlow's own kernels run a training step faster than XLA's.
     on_tensorflow_cpu = keras.backend.backend() == "tensorflow" and not accelerators()
+    # Keras itself dispatches distributed steps one by one.
+    one_device = distribution.devices() == 1
+    steps_at_once = STEPS_AT_ONCE if on_jax_accelerator() and one_device else 1
     model.compile(
         optimizer=optimizer(model, recipe, steps_per_epoch),
         loss=loss,
         metrics=["accuracy"],
         jit_compile=False if on_tensorflow_cpu else "auto",
-        steps_per_execution=STEPS_AT_ONCE if on_jax_accelerator() else 1,
+        steps_per_execution=steps_at_once,
     )
     # Built now rather than by the first step, which TensorFlow would trace twice, and because a
     # checkpoint can be restored only afterwards.

@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import csv
 import math
+import platform
 import signal
 import threading
 import time
@@ -11,6 +12,7 @@ import time
 import keras
 from keras import ops
 
+from keras_vit import distribution
 from keras_vit.devices import accelerators
 from keras_vit.files import atomic_write, is_terminal
 from keras_vit.training import checkpoints
@@ -48,7 +50,8 @@ class Journal(keras.callbacks.Callback):
     """The callback that writes the history and the checkpoints of a run, and resumes it.
 
     It writes `history.csv`, `timing.csv`, `best.keras` and `checkpoints`. Checkpoints are taken
-    between two steps; with a GPU, they are written in the background.
+    between two steps; with a GPU, they are written in the background. If several processes train
+    together, each of them has a journal, and the first one's writes.
 
     Args:
         model: a `VisionTransformer` from `compile_model`; if the run has a checkpoint, the model is
@@ -86,9 +89,14 @@ class Journal(keras.callbacks.Callback):
         super().__init__()
         self.data, self.costs, self.early_stopping = data, costs, early_stopping
         self._precision = model.get_layer("norm").compute_dtype
-        self.batches, self.run_dir, self.save_every = batches, run_dir, save_every
+        self.run_dir = run_dir if distribution.is_first() else None
+        self._notes = (
+            None if distribution.is_first() or not run_dir else run_dir / checkpoints.FOLDER
+        )
+        self._first_host = distribution.gather(platform.node())[0]
+        self.batches, self.save_every = batches, save_every
         self.rows, self.epoch, self.skipped, self._spent = [], 0, 0, 0.0
-        self._total, self._signals = batches.num_batches, []
+        self._total, self._signals, self._steps = batches.num_batches, [], 0
         self._last = checkpoint
         self._writer = concurrent.futures.ThreadPoolExecutor(max_workers=1)
         self._written = self._writer.submit(int)  # Nothing yet.
@@ -109,7 +117,13 @@ class Journal(keras.callbacks.Callback):
                 print(f"Resuming in {self._precision}; the checkpoint was written in {before}.")
                 if self.skipped:  # The epoch is trained in both.
                     self._precision = f"{before}+{self._precision}"
-            _write_tables(run_dir, self.rows)
+            if self._last.devices != distribution.topology():
+                print(
+                    f"Resuming on {distribution.topology()}; the checkpoint was written on "
+                    f"{self._last.devices}."
+                )
+            if self.run_dir:
+                _write_tables(self.run_dir, self.rows)
 
     def start_epoch(self, epoch):
         """Starts an epoch, counted from zero; must be called before the other callbacks."""
@@ -124,6 +138,9 @@ class Journal(keras.callbacks.Callback):
         before, self._done = self._done, min(self.skipped + batch + 1, self._total)
         if self._written.done():
             self._written.result()  # Raises the error of a failed write.
+        self._steps += 1
+        if distribution.stops_after(self._steps):
+            self._signals.append(signal.SIGTERM)
         # There may be several steps per dispatch.
         due = self.save_every and self._done // self.save_every > before // self.save_every
         saves = (self._signals or due) and self._done < self._total
@@ -152,7 +169,8 @@ class Journal(keras.callbacks.Callback):
             print(_line(self.rows[-1], len(self.costs)), flush=True)
         self.epoch, self.skipped, self._spent, self._last = epoch + 1, 0, 0.0, None
         if self.run_dir and "val_accuracy" in row and self._best_epoch() == self.epoch:
-            with atomic_write(self.run_dir / BEST_MODEL) as path:
+            # Keras makes variables while it saves, in this process alone.
+            with atomic_write(self.run_dir / BEST_MODEL) as path, distribution.suspended():
                 self.model.save(path)
         self._save(0)
         self._stop_on_signal(0)
@@ -194,15 +212,22 @@ class Journal(keras.callbacks.Callback):
         """Defers SIGINT and SIGTERM to the end of a step; a second signal acts at once.
 
         An exception in the middle of a step would leave JAX without weights, because their
-        buffers are donated to the step.
+        buffers are donated to the step. Several processes have to stop after the same step: JAX
+        handles SIGTERM there, and finds it.
         """
         previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         # Handlers that were not installed from Python cannot be restored.
         previous = {number: handler for number, handler in previous.items() if handler is not None}
+        several = distribution.processes() > 1
+        if several:
+            previous.pop(signal.SIGTERM, None)
 
         def defer(number, _):
-            self._signals.append(number)
             signal.signal(number, previous[number])
+            if several:
+                signal.raise_signal(signal.SIGTERM)
+            else:
+                self._signals.append(number)
 
         if threading.current_thread() is not threading.main_thread():
             yield  # Python handles signals in its main thread only.
@@ -217,6 +242,8 @@ class Journal(keras.callbacks.Callback):
                 signal.signal(number, handler)
 
     def _save(self, batch):
+        if self._notes:
+            checkpoints.note(self._notes, self._first_host)
         if not self.run_dir:
             return
         if keras.backend.backend() == "jax":
@@ -225,7 +252,9 @@ class Journal(keras.callbacks.Callback):
         progress = self.epoch, batch, list(self.rows), seconds, self.data
         self._written.result()  # One at a time.
         state = checkpoints.copy_of_state(self.model)
-        checkpoint = checkpoints.Checkpoint(*progress, state, self._precision)
+        checkpoint = checkpoints.Checkpoint(
+            *progress, state, self._precision, devices=distribution.topology()
+        )
         if accelerators():
             self._written = self._writer.submit(_write, self.run_dir, checkpoint)
         else:
