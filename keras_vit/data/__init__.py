@@ -4,6 +4,7 @@ from keras_vit.data.batches import Batches, DeviceBatches, InOrder
 from keras_vit.data.dataset import Dataset, DatasetError, DatasetUnavailable
 from keras_vit.data.images import ImageError, read_image
 from keras_vit.data.sources import has_fixed_size, is_folder, load_dataset, load_unseen
+from keras_vit.data.streaming import StreamedImages
 
 __all__ = [
     "Batches",
@@ -13,6 +14,7 @@ __all__ = [
     "DeviceBatches",
     "ImageError",
     "InOrder",
+    "StreamedImages",
     "has_fixed_size",
     "is_folder",
     "load_dataset",

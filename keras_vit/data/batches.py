@@ -5,10 +5,13 @@ import math
 import keras
 import numpy as np
 
+from keras_vit.data.streaming import StreamedImages
 from keras_vit.devices import on_jax_accelerator
 
 # Largest training set that is kept in the memory of a GPU.
 RESIDENT_BYTES = 4 * 2**30
+# Batches whose images are read while a model trains on the one before.
+AHEAD = 2
 
 
 class Batches(keras.utils.PyDataset):
@@ -18,7 +21,7 @@ class Batches(keras.utils.PyDataset):
     callback calls `start_epoch` instead.
 
     Args:
-        images: array `(N, H, W, C)`.
+        images: array `(N, H, W, C)`, or `StreamedImages`, of which two batches are read ahead.
         labels: array `(N,)`.
         batch_size: int, images per batch; the last batch may be smaller.
         seed: int, at least 0.
@@ -39,8 +42,13 @@ class Batches(keras.utils.PyDataset):
         return math.ceil(len(self._order) / self.batch_size)
 
     def __getitem__(self, index):
-        indices = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self._take(indices)
+        if isinstance(self.images, StreamedImages):
+            following = range(index, min(index + 1 + AHEAD, self.num_batches))
+            self.images.read_ahead(np.concatenate([self._indices(i) for i in following]))
+        return self._take(self._indices(index))
+
+    def _indices(self, index):
+        return self._order[index * self.batch_size : (index + 1) * self.batch_size]
 
     def _take(self, indices):
         return self.images[indices], self.labels[indices]
@@ -85,7 +93,8 @@ class DeviceBatches(Batches):
 
 def batches_of(images, labels, batch_size, seed):
     """Training batches as `Batches`, on the device where the backend benefits from it."""
-    kind = DeviceBatches if on_jax_accelerator() else Batches
+    on_device = on_jax_accelerator() and isinstance(images, np.ndarray)
+    kind = DeviceBatches if on_device else Batches
     return kind(images, labels, batch_size, seed)
 
 
