@@ -1,5 +1,6 @@
 """Class probabilities of images: arrays, or files read as the model wants them."""
 
+import math
 import os
 import typing
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ import numpy as np
 
 from keras_vit.data.images import read_image
 
-BATCH_SIZE = 256
+# Images that are predicted at once, and their values at most.
+BATCH_SIZE, MOST_VALUES = 256, 2**24
 
 
 def predict(
@@ -40,8 +42,9 @@ def predict(
     if isinstance(images, (str, os.PathLike)):
         raise ValueError(f"Expected `images` to be a list of paths. Received: images={images!r}")
     parts = [np.empty((0, model.output_shape[-1]))]
-    for start in range(0, len(images), BATCH_SIZE):
-        batch: typing.Any = images[start : start + BATCH_SIZE]
+    size = batch_size(model.input_shape[1:])
+    for start in range(0, len(images), size):
+        batch: typing.Any = images[start : start + size]
         if not hasattr(batch, "shape"):
             batch = _stacked(model, batch)
         expected = model.input_shape[1:]
@@ -56,6 +59,11 @@ def predict(
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         parts.append(exponentials / exponentials.sum(axis=1, keepdims=True))
     return np.concatenate(parts)
+
+
+def batch_size(image_shape):
+    """How many images of a shape are predicted at once."""
+    return max(1, min(BATCH_SIZE, MOST_VALUES // math.prod(image_shape)))
 
 
 def read_for(model: keras.Model, path: str | os.PathLike[str]) -> np.ndarray:

@@ -134,12 +134,14 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         errors = array.with_suffix(".json")
         is_decoded = array.exists() and errors.exists()
         side = size if is_decoded else size or common_size(paths, multiple_of)
-        is_streamed = not is_decoded and _is_too_large((len(files), *side, 3), place)
-        if not (is_decoded or is_streamed and errors.exists()):
+        reason = None if is_decoded else _too_large((len(files), *side, 3), place)
+        if reason:
+            print(f"{reason}: they are read as they are needed")
+        if not (is_decoded or reason and errors.exists()):
             for part in place.glob(PARTS):
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
-            if is_streamed:
+            if reason:
                 print(f"Checking {len(files):,} images, once: unreadable ones are left out")
                 unreadable = _read_all(paths, side, resize)
             else:
@@ -152,7 +154,7 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
                 if old != errors:
                     _remove(old.with_suffix(".npy"))
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
-        if is_streamed:
+        if reason:
             readable = [y for x, y in zip(files, paths) if x.path not in unreadable]
             return _streamed(readable, side, resize), unreadable
         images = np.load(array, mmap_mode="r")
@@ -161,18 +163,55 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
 
 
-def _is_too_large(shape, place):
-    """Whether images of a shape do not fit into the cache, with a line that says so."""
+def stored(identity, shape, parts):
+    """Decoded images and their labels, memory-mapped: from the cache, or written there.
+
+    Args:
+        identity: list, all that pixels and labels depend on, as JSON.
+        shape: tuple `(N, H, W, C)`.
+        parts: function that returns an iterator of pairs `(images, labels)` of arrays.
+
+    Returns:
+        uint8 array and int64 array.
+
+    Raises:
+        ImageError: if the images do not fit into the cache.
+    """
+    with _cache() as place:
+        array = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}.npy"
+        beside = array.with_suffix(".json")
+        if not (array.exists() and beside.exists()):
+            if reason := _too_large(shape, place):
+                raise ImageError(
+                    f"{reason}: choose a smaller --image-size, raise {LIMIT}, or save them in a "
+                    "folder with a sub-folder for each class, which may be of any size"
+                )
+            print(f"Decoding {shape[0]:,} images, once, into {place}")
+            labels, row = [], 0
+            with atomic_write(array) as part:
+                images = _new_array(part, shape)
+                for some, their_labels in parts():
+                    images[row : row + len(some)] = some
+                    row += len(some)
+                    labels += their_labels.tolist()
+                images.flush()
+            write_json(beside, labels)
+        _remove_oldest(place, array)
+        labels = json.loads(beside.read_text(encoding="utf-8"))
+        return np.load(array, mmap_mode="r"), np.array(labels, "int64")
+
+
+def _too_large(shape, place):
+    """Why images of a shape do not fit into the cache; None if they do."""
     size, limit = math.prod(shape), most_cached()
     free = shutil.disk_usage(place).free
     if size <= min(limit, free):
-        return False
+        return None
     which = f"the cache's {limit / 2**30:,.4g} GiB" if limit <= free else f"what is free in {place}"
-    print(
+    return (
         f"{shape[0]:,} images of {shape[1]}x{shape[2]} pixels take {size / 2**30:,.1f} GiB, more "
-        f"than {which}: they are read as they are needed"
+        f"than {which}"
     )
-    return True
 
 
 def _streamed(paths, size, resize):
@@ -222,14 +261,19 @@ def clear():
                 path.unlink(missing_ok=True)
 
 
-def _decode(paths, size, resize, part, place):
-    """Writes the readable images to one .npy file; returns error messages by path."""
-    shape = (len(paths), *size, 3)
-    images = np.lib.format.open_memmap(part, mode="w+", dtype="uint8", shape=shape)
+def _new_array(path, shape):
+    """A memory-mapped uint8 array in a new .npy file."""
+    images = np.lib.format.open_memmap(path, mode="w+", dtype="uint8", shape=shape)
     if hasattr(os, "posix_fallocate"):
         # Otherwise a full disk would kill the process when it writes to the memory map.
-        with open(part, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
+
+
+def _decode(paths, size, resize, part, place):
+    """Writes the readable images to one .npy file; returns error messages by path."""
+    images = _new_array(part, (len(paths), *size, 3))
     print(f"Decoding {len(paths):,} images to {size[0]}x{size[1]} pixels, once, into {place}")
     unreadable = _read_all(paths, size, resize, images)
     images.flush()

@@ -188,7 +188,8 @@ def digest(dataset):
     images, labels = dataset.train_images, dataset.train_labels
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
     for array in (images, labels):
-        content.update(np.ascontiguousarray(array).data)
+        for start in range(0, len(array), 1024):  # All of them may be more than memory holds.
+            content.update(np.ascontiguousarray(array[start : start + 1024]).data)
     return content.hexdigest()
 
 
@@ -236,5 +237,5 @@ def split_off_test(name, images, labels, class_names, horizontal_flip):
         train, test = stratified_split(labels, count, TEST_SEED)
     except ValueError as error:
         raise DatasetError(f"{name} has too few images to hold out a test set") from error
-    pairs = images[train], labels[train], images[test], labels[test]
+    pairs = subset(images, train), labels[train], subset(images, test), labels[test]
     return Dataset(name, *pairs, class_names, horizontal_flip)

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn import metrics
 
 from keras_vit.devices import accelerators
-from keras_vit.prediction import BATCH_SIZE, predict
+from keras_vit.prediction import batch_size, predict
 
 
 def flip_averaged_accuracy(model, images, labels, probabilities):
@@ -25,7 +25,8 @@ def flip_averaged_accuracy(model, images, labels, probabilities):
     Returns:
         Float in [0, 1].
     """
-    batches = (images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE))
+    size = batch_size(images.shape[1:])
+    batches = (images[start : start + size] for start in range(0, len(images), size))
     flipped = np.concatenate([predict(model, batch[:, :, ::-1]) for batch in batches])
     return float(np.mean((probabilities + flipped).argmax(axis=1) == labels))
 
