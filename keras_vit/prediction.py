@@ -9,21 +9,24 @@ import keras
 import numpy as np
 
 from keras_vit.data.images import read_image
+from keras_vit.data.streaming import StreamedImages
 
 # Images that are predicted at once, and their values at most.
 BATCH_SIZE, MOST_VALUES = 256, 2**24
 
 
 def predict(
-    model: keras.Model, images: np.ndarray | Sequence[str | os.PathLike[str] | np.ndarray]
+    model: keras.Model,
+    images: np.ndarray | StreamedImages | Sequence[str | os.PathLike[str] | np.ndarray],
 ) -> np.ndarray:
     """Class probabilities of images.
 
     Args:
         model: a `VisionTransformer`, or another model from raw pixels to logits.
-        images: array `(N, H, W, C)` of raw pixels, 0 to 255, in the model's input shape; or a list
-            of paths of image files and of arrays `(H, W, C)`. Files are read in the size, the
-            channels and the way of resizing of the model.
+        images: array `(N, H, W, C)` of raw pixels, 0 to 255, in the model's input shape, or the
+            `StreamedImages` of a `Dataset`; or a list of paths of image files and of arrays
+            `(H, W, C)`. Files are read in the size, the channels and the way of resizing of the
+            model.
 
     Returns:
         float64 array `(N, num_classes)`; each row sums to one.

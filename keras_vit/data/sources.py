@@ -167,7 +167,7 @@ def _with_labels_of_a_model(dataset, class_names):
             f"{', '.join(class_names)}"
         )
     left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
-    pair = (images if kept.all() else images[kept]), new_labels[kept]
+    pair = (images if kept.all() else subset(images, kept)), new_labels[kept]
     flip = dataset.horizontal_flip
     return Dataset(dataset.name, *pair, *pair, class_names, flip), left_out
 
