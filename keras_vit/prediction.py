@@ -1,5 +1,6 @@
 """Class probabilities of images: arrays, or files read as the model wants them."""
 
+import math
 import os
 import typing
 from collections.abc import Sequence
@@ -8,20 +9,24 @@ import keras
 import numpy as np
 
 from keras_vit.data.images import read_image
+from keras_vit.data.streaming import StreamedImages
 
-BATCH_SIZE = 256
+# Images that are predicted at once, and their values at most.
+BATCH_SIZE, MOST_VALUES = 256, 2**24
 
 
 def predict(
-    model: keras.Model, images: np.ndarray | Sequence[str | os.PathLike[str] | np.ndarray]
+    model: keras.Model,
+    images: np.ndarray | StreamedImages | Sequence[str | os.PathLike[str] | np.ndarray],
 ) -> np.ndarray:
     """Class probabilities of images.
 
     Args:
         model: a `VisionTransformer`, or another model from raw pixels to logits.
-        images: array `(N, H, W, C)` of raw pixels, 0 to 255, in the model's input shape; or a list
-            of paths of image files and of arrays `(H, W, C)`. Files are read in the size, the
-            channels and the way of resizing of the model.
+        images: array `(N, H, W, C)` of raw pixels, 0 to 255, in the model's input shape, or the
+            `StreamedImages` of a `Dataset`; or a list of paths of image files and of arrays
+            `(H, W, C)`. Files are read in the size, the channels and the way of resizing of the
+            model.
 
     Returns:
         float64 array `(N, num_classes)`; each row sums to one.
@@ -40,8 +45,9 @@ def predict(
     if isinstance(images, (str, os.PathLike)):
         raise ValueError(f"Expected `images` to be a list of paths. Received: images={images!r}")
     parts = [np.empty((0, model.output_shape[-1]))]
-    for start in range(0, len(images), BATCH_SIZE):
-        batch: typing.Any = images[start : start + BATCH_SIZE]
+    size = batch_size(model.input_shape[1:])
+    for start in range(0, len(images), size):
+        batch: typing.Any = images[start : start + size]
         if not hasattr(batch, "shape"):
             batch = _stacked(model, batch)
         expected = model.input_shape[1:]
@@ -56,6 +62,11 @@ def predict(
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         parts.append(exponentials / exponentials.sum(axis=1, keepdims=True))
     return np.concatenate(parts)
+
+
+def batch_size(image_shape):
+    """How many images of a shape are predicted at once."""
+    return max(1, min(BATCH_SIZE, MOST_VALUES // math.prod(image_shape)))
 
 
 def read_for(model: keras.Model, path: str | os.PathLike[str]) -> np.ndarray:

@@ -77,7 +77,15 @@ def _command(name, chosen, distribute=None):
     with backend.quiet():
         # TensorFlow and JAX look for GPUs when they are first asked, and say so.
         importlib.import_module("keras_vit.devices").accelerators()
-        return run
+        image_error = importlib.import_module("keras_vit.data").ImageError
+
+    def explaining_lost_images(*arguments):
+        try:
+            return run(*arguments)
+        except image_error as error:  # A file of a streamed set was removed or damaged meanwhile.
+            raise CommandError(str(error), status=1) from error
+
+    return explaining_lost_images
 
 
 def _ended(function, *arguments):

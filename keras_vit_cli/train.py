@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import time
 
 import keras
 import numpy as np
 
 from keras_vit import devices, distribution, training
-from keras_vit.data import DatasetError, DatasetUnavailable, load_dataset
+from keras_vit.data import DatasetError, DatasetUnavailable, ImageError, load_dataset
 from keras_vit.data.dataset import digest
 from keras_vit.data.folders import warn
 from keras_vit.files import atomic_write, make_output, write_json
@@ -374,6 +375,9 @@ def explained(error, settings):
     if isinstance(error, training.Interrupted):
         same = "the same command" + (" without --overwrite" if settings.overwrite else "")
         return Stopped(f"{error} Run {same} to continue.", error.status)
+    # TensorFlow's error quotes that of the thread which reads the images.
+    if lost := re.search(f"{ImageError.__name__}: (.*)", str(error)):
+        return CommandError(lost[1], status=1)
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training

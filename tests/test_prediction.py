@@ -34,6 +34,11 @@ def test_probabilities_are_the_softmax_of_the_logits(padding, monkeypatch):
     assert keras_vit.predict(padding, images[:0]).shape == (0, 3)
 
 
+def test_fewer_large_images_are_predicted_at_once():
+    shapes = [(32, 32, 3), (512, 512, 3), (8192, 8192, 3)]
+    assert [prediction.batch_size(shape) for shape in shapes] == [256, 21, 1]
+
+
 def test_files_are_read_as_the_model_was_trained(padding, tmp_path):
     """A square photo between transparent borders, by Pillow."""
     padding.save(tmp_path / "model.keras")

@@ -10,6 +10,7 @@ from keras_vit.data.sources import (
     load_dataset,
     load_unseen,
 )
+from keras_vit.data.streaming import StreamedImages
 
 __all__ = [
     "Batches",
@@ -19,6 +20,7 @@ __all__ = [
     "DeviceBatches",
     "ImageError",
     "InOrder",
+    "StreamedImages",
     "different_classes",
     "has_fixed_size",
     "is_folder",

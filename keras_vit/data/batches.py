@@ -6,10 +6,13 @@ import keras
 import numpy as np
 
 from keras_vit import distribution
+from keras_vit.data.streaming import StreamedImages
 from keras_vit.devices import on_jax_accelerator
 
 # Largest training set that is kept in the memory of a GPU.
 RESIDENT_BYTES = 4 * 2**30
+# Batches whose images are read while a model trains on the one before.
+AHEAD = 2
 
 
 class Batches(keras.utils.PyDataset):
@@ -22,7 +25,7 @@ class Batches(keras.utils.PyDataset):
     not fill a batch on all devices, others in each epoch, are left out.
 
     Args:
-        images: array `(N, H, W, C)`.
+        images: array `(N, H, W, C)`, or `StreamedImages`, of which two batches are read ahead.
         labels: array `(N,)`.
         batch_size: int, images per batch of all processes; the last batch may be smaller.
         seed: int, at least 0.
@@ -48,6 +51,9 @@ class Batches(keras.utils.PyDataset):
         return math.ceil(len(self._order) / self.batch_size)
 
     def __getitem__(self, index):
+        if isinstance(self.images, StreamedImages):
+            following = range(index, min(index + 1 + AHEAD, self.num_batches))
+            self.images.read_ahead(np.concatenate([self._indices(i) for i in following]))
         return self._take(self._indices(index))
 
     def _indices(self, index):
@@ -115,7 +121,8 @@ class DeviceBatches(Batches):
 
 def batches_of(images, labels, batch_size, seed):
     """Training batches as `Batches`, on the device where the backend benefits from it."""
-    on_device = on_jax_accelerator() and distribution.devices() == 1
+    in_memory, one_device = isinstance(images, np.ndarray), distribution.devices() == 1
+    on_device = on_jax_accelerator() and in_memory and one_device
     kind = DeviceBatches if on_device else Batches
     return kind(images, labels, batch_size, seed)
 

@@ -2,15 +2,18 @@
 
 All images are decoded once, on all cores, into one file; an array of more than 2 GiB is
 memory-mapped. When images of a folder change, the new array takes the place of the old one. Arrays
-that were not used for the longest time are removed.
+that were not used for the longest time are removed. Of images that would not fit into the cache,
+only which can be read is kept there.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
+import shutil
 import sys
 import tempfile
 import time
@@ -18,12 +21,14 @@ import time
 import numpy as np
 
 from keras_vit.data.images import SMALL_PART, ImageError, common_size, read_and_measure
+from keras_vit.data.streaming import StreamedImages
 from keras_vit.files import PARTS, atomic_write, is_terminal, write_json
 
 # Larger arrays are memory-mapped.
 IN_MEMORY = 2 * 2**30
-# The arrays that were used last are kept up to this size in all, and at least the current one.
+# The arrays that were used last are kept up to this size in all, unless `LIMIT` names another.
 MOST_CACHED = 20 * 2**30
+LIMIT = "KERAS_VIT_CACHE_GIB"
 # Changes whenever the same file is read as other pixels.
 VERSION = 2
 # Temporary files of killed processes are removed after this many seconds.
@@ -59,6 +64,23 @@ def _place():
             return place
     user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "")
     return pathlib.Path(tempfile.gettempdir()) / f"keras_vit-{user}"
+
+
+def most_cached():
+    """How many bytes of decoded images the cache keeps."""
+    limit = os.environ.get(LIMIT)
+    if not limit:
+        return MOST_CACHED
+    try:
+        size = float(limit)
+    except ValueError:
+        size = math.nan
+    if not 0 <= size < math.inf:
+        raise ImageError(
+            f"expected the environment variable {LIMIT} to be a number of GiB, at least 0. "
+            f"Received: {LIMIT}={limit}"
+        )
+    return int(size * 2**30)
 
 
 def digests(folder, paths):
@@ -97,7 +119,11 @@ def _digest_of_text(text):
 
 
 def decoded(folder, files, size, resize="squash", multiple_of=1):
-    """The readable images as one array, through the cache; and error messages by path."""
+    """The readable images as one array, through the cache; and error messages by path.
+
+    If they would take more than the cache keeps, or than the disk has left, they are
+    `StreamedImages`.
+    """
     listed = [(file.path, file.digest) for file in files]
     content = json.dumps([VERSION, size or multiple_of, resize, listed])
     paths = [folder / file.path for file in files]
@@ -106,24 +132,98 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         # A folder that was moved or copied finds its images under their content.
         array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
         errors = array.with_suffix(".json")
-        if not (array.exists() and errors.exists()):
+        is_decoded = array.exists() and errors.exists()
+        side = size if is_decoded else size or common_size(paths, multiple_of)
+        reason = None if is_decoded else _too_large((len(files), *side, 3), place)
+        if reason:
+            print(f"{reason}: they are read as they are needed")
+        if not (is_decoded or reason and errors.exists()):
             for part in place.glob(PARTS):
                 if time.time() - part.stat().st_mtime > ABANDONED:
                     part.unlink()
-            with atomic_write(array) as part:
-                side = size or common_size(paths, multiple_of)
-                unreadable = _decode(paths, side, resize, part, place)
+            if reason:
+                print(f"Checking {len(files):,} images, once: unreadable ones are left out")
+                unreadable = _read_all(paths, side, resize)
+            else:
+                with atomic_write(array) as part:
+                    unreadable = _decode(paths, side, resize, part, place)
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
-            for old in place.glob(f"*-{owner}.npy"):
-                if old != array:
-                    _remove(old)
+            for old in place.glob(f"*-{owner}.json"):
+                if old != errors:
+                    _remove(old.with_suffix(".npy"))
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
+        if reason:
+            readable = [y for x, y in zip(files, paths) if x.path not in unreadable]
+            return _streamed(readable, side, resize), unreadable
         images = np.load(array, mmap_mode="r")
         _remove_oldest(place, array)
         images = images[: len(files) - len(unreadable)]
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
+
+
+def stored(identity, shape, parts):
+    """Decoded images and their labels, memory-mapped: from the cache, or written there.
+
+    Args:
+        identity: list, all that pixels and labels depend on, as JSON.
+        shape: tuple `(N, H, W, C)`.
+        parts: function that returns an iterator of pairs `(images, labels)` of arrays.
+
+    Returns:
+        uint8 array and int64 array.
+
+    Raises:
+        ImageError: if the images do not fit into the cache.
+    """
+    with _cache() as place:
+        array = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}.npy"
+        beside = array.with_suffix(".json")
+        if not (array.exists() and beside.exists()):
+            if reason := _too_large(shape, place):
+                raise ImageError(
+                    f"{reason}: choose a smaller --image-size, raise {LIMIT}, or save them in a "
+                    "folder with a sub-folder for each class, which may be of any size"
+                )
+            print(f"Decoding {shape[0]:,} images, once, into {place}")
+            labels, row = [], 0
+            with atomic_write(array) as part:
+                images = _new_array(part, shape)
+                for some, their_labels in parts():
+                    images[row : row + len(some)] = some
+                    row += len(some)
+                    labels += their_labels.tolist()
+                images.flush()
+            write_json(beside, labels)
+        _remove_oldest(place, array)
+        labels = json.loads(beside.read_text(encoding="utf-8"))
+        return np.load(array, mmap_mode="r"), np.array(labels, "int64")
+
+
+def _too_large(shape, place):
+    """Why images of a shape do not fit into the cache; None if they do."""
+    size, limit = math.prod(shape), most_cached()
+    free = shutil.disk_usage(place).free
+    if size <= min(limit, free):
+        return None
+    which = f"the cache's {limit / 2**30:,.4g} GiB" if limit <= free else f"what is free in {place}"
+    return (
+        f"{shape[0]:,} images of {shape[1]}x{shape[2]} pixels take {size / 2**30:,.1f} GiB, more "
+        f"than {which}"
+    )
+
+
+def _streamed(paths, size, resize):
+    """Image files, all of which could be read before, as `StreamedImages`."""
+
+    def read(row):
+        try:
+            return read_and_measure(paths[row], size, resize=resize)[0]
+        except ImageError as error:
+            raise ImageError(f"{paths[row]} cannot be read any more: {error}") from error
+
+    return StreamedImages(read, (len(paths), *size, 3))
 
 
 def _remove_oldest(place, current):
@@ -135,15 +235,15 @@ def _remove_oldest(place, current):
         total = 0
         for path in arrays:
             total += path.stat().st_size
-            if total > MOST_CACHED and path != current:
+            if total > most_cached() and path != current:
                 _remove(path)
 
 
 def _remove(array):
     """Removes an array of decoded images, and the errors beside it."""
     with contextlib.suppress(OSError):  # Another process may be faster, or have it open on Windows.
-        array.unlink()
-        array.with_suffix(".json").unlink()
+        array.unlink(missing_ok=True)
+        array.with_suffix(".json").unlink(missing_ok=True)
 
 
 def usage():
@@ -161,41 +261,55 @@ def clear():
                 path.unlink(missing_ok=True)
 
 
-def _decode(files, size, resize, part, place):
-    """Writes the readable images to one .npy file; returns error messages by path."""
-    import keras
-
-    shape = (len(files), *size, 3)
-    images = np.lib.format.open_memmap(part, mode="w+", dtype="uint8", shape=shape)
+def _new_array(path, shape):
+    """A memory-mapped uint8 array in a new .npy file."""
+    images = np.lib.format.open_memmap(path, mode="w+", dtype="uint8", shape=shape)
     if hasattr(os, "posix_fallocate"):
         # Otherwise a full disk would kill the process when it writes to the memory map.
-        with open(part, "rb+") as file:
-            os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-    bar = keras.utils.Progbar(len(files), verbose=int(is_terminal()), unit_name="image")
-    print(f"Decoding {len(files):,} images to {size[0]}x{size[1]} pixels, once, into {place}")
+        with open(path, "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return images
+
+
+def _decode(paths, size, resize, part, place):
+    """Writes the readable images to one .npy file; returns error messages by path."""
+    images = _new_array(part, (len(paths), *size, 3))
+    print(f"Decoding {len(paths):,} images to {size[0]}x{size[1]} pixels, once, into {place}")
+    unreadable = _read_all(paths, size, resize, images)
+    images.flush()
+    return unreadable
+
+
+def _read_all(paths, size, resize, images=None):
+    """Reads all images, into an array if there is one; returns error messages by path."""
+    import keras
+
+    bar = keras.utils.Progbar(len(paths), verbose=int(is_terminal()), unit_name="image")
 
     def read(path):
         try:
-            return read_and_measure(path, size, resize=resize)
+            image, used = read_and_measure(path, size, resize=resize)
+            return image if images is not None else None, used
         except ImageError as error:
             return str(error).replace(repr(str(path)), "").strip()
 
     unreadable, dark, row = {}, [], 0
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), 1024):
-            chunk = files[start : start + 1024]
-            for path, image in zip(chunk, pool.map(read, chunk)):
-                if isinstance(image, str):
-                    unreadable[path] = image
-                else:
-                    images[row], used = image
-                    dark += [path] if used < SMALL_PART else []
-                    row += 1
+        for start in range(0, len(paths), 1024):
+            chunk = paths[start : start + 1024]
+            for path, found in zip(chunk, pool.map(read, chunk)):
+                if isinstance(found, str):
+                    unreadable[path] = found
+                    continue
+                image, used = found
+                dark += [path] if used < SMALL_PART else []
+                if images is not None:
+                    images[row] = image
+                row += 1
             bar.update(start + len(chunk))
-    images.flush()
     if dark:
         print(
-            f"WARNING: {len(dark):,} of {len(files):,} images use less than a quarter of their 16 "
+            f"WARNING: {len(dark):,} of {len(paths):,} images use less than a quarter of their 16 "
             f"bits, such as {dark[0]}: they are read as dark as they are. If they hold 10 or 12 "
             "bits, scale them to 16 first",
             file=sys.stderr,

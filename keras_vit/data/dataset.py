@@ -16,6 +16,7 @@ from keras_vit.data.folders import (
     enumerated,
     warn,
 )
+from keras_vit.data.streaming import StreamedImages, subset
 
 # Data sets whose classes are not invariant to horizontal flips, such as digits.
 NOT_MIRRORED = {
@@ -36,6 +37,8 @@ SHORT = 12
 UNUSED = "unused"
 # Of the split of data without a test set; it never changes.
 TEST_SEED = 0
+# Images and their labels.
+Pair = tuple[np.ndarray | StreamedImages, np.ndarray]
 
 
 class DatasetError(RuntimeError):
@@ -48,13 +51,14 @@ class DatasetUnavailable(DatasetError):
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """Labelled images for training and testing, in memory or memory-mapped.
+    """Labelled images for training and testing: in memory, memory-mapped, or read when needed.
 
-    `limit_train` and `hold_out` copy what they keep into memory.
+    Where not all images fit into the cache, or a part of those on disk was chosen, they are no
+    array but `StreamedImages`, which are indexed like one.
 
     Attributes:
         name: string, the source.
-        train_images: uint8 array `(N, H, W, C)`, 0 to 255.
+        train_images: uint8 array `(N, H, W, C)`, 0 to 255, or `StreamedImages`.
         train_labels: int64 array `(N,)`, 0 to `len(class_names) - 1`.
         test_images: like `train_images`.
         test_labels: like `train_labels`.
@@ -68,13 +72,13 @@ class Dataset:
     """
 
     name: str
-    train_images: np.ndarray
+    train_images: np.ndarray | StreamedImages
     train_labels: np.ndarray
-    test_images: np.ndarray
+    test_images: np.ndarray | StreamedImages
     test_labels: np.ndarray
     class_names: list[str]
     horizontal_flip: bool
-    validation: tuple[np.ndarray, np.ndarray] | None = None
+    validation: Pair | None = None
     manifest: tuple[ImageFile, ...] | None = None
     resize: str = "squash"
 
@@ -95,7 +99,8 @@ class Dataset:
         is_new = [x.digest[:SHORT] not in seen for x in self.manifest if x.split == TEST]
         if all(is_new):
             return self
-        images, labels = self.test_images[is_new], self.test_labels[is_new]
+        is_new = np.array(is_new)
+        images, labels = subset(self.test_images, is_new), self.test_labels[is_new]
         files = [x for x in self.manifest if x.split != TEST or x.digest[:SHORT] not in seen]
         return dataclasses.replace(
             self, test_images=images, test_labels=labels, manifest=tuple(files)
@@ -103,7 +108,7 @@ class Dataset:
 
     def for_training(
         self, validation: int, limit_train: int | None, seed: int
-    ) -> tuple["Dataset", tuple[np.ndarray, np.ndarray] | None]:
+    ) -> tuple["Dataset", Pair | None]:
         """Applies `hold_out` and then `limit_train`.
 
         Args:
@@ -128,7 +133,7 @@ class Dataset:
             min(count, len(self.train_labels)), seed, f"limit_train={count}", UNUSED
         )[0]
 
-    def hold_out(self, count: int, seed: int) -> tuple["Dataset", tuple[np.ndarray, np.ndarray]]:
+    def hold_out(self, count: int, seed: int) -> tuple["Dataset", Pair]:
         """Holds out a validation set of `count` training images, stratified by class.
 
         Returns:
@@ -146,7 +151,7 @@ class Dataset:
         received = f"validation={count}"
         count = len(self.train_labels) - count
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
-        return kept, (self.train_images[held_out], self.train_labels[held_out])
+        return kept, (subset(self.train_images, held_out), self.train_labels[held_out])
 
     def _split_train(self, count, seed, received, split):
         total, classes = len(self.train_labels), len(self.class_names)
@@ -165,7 +170,7 @@ class Dataset:
             for place in (places[index] for index in held_out):
                 manifest[place] = dataclasses.replace(manifest[place], split=split)
             manifest = tuple(manifest)
-        images, labels = self.train_images[kept], self.train_labels[kept]
+        images, labels = subset(self.train_images, kept), self.train_labels[kept]
         data = dataclasses.replace(
             self, train_images=images, train_labels=labels, manifest=manifest
         )
@@ -183,7 +188,8 @@ def digest(dataset):
     images, labels = dataset.train_images, dataset.train_labels
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
     for array in (images, labels):
-        content.update(np.ascontiguousarray(array).data)
+        for start in range(0, len(array), 1024):  # All of them may be more than memory holds.
+            content.update(np.ascontiguousarray(array[start : start + 1024]).data)
     return content.hexdigest()
 
 
@@ -231,5 +237,5 @@ def split_off_test(name, images, labels, class_names, horizontal_flip):
         train, test = stratified_split(labels, count, TEST_SEED)
     except ValueError as error:
         raise DatasetError(f"{name} has too few images to hold out a test set") from error
-    pairs = images[train], labels[train], images[test], labels[test]
+    pairs = subset(images, train), labels[train], subset(images, test), labels[test]
     return Dataset(name, *pairs, class_names, horizontal_flip)

@@ -108,8 +108,9 @@ def read_folder(folder, files, image_size=None, resize="squash", multiple_of=1):
         multiple_of: int, what the sides of a default size are multiples of.
 
     Returns:
-        uint8 array `(N, H, W, 3)`, memory-mapped if it is large; and the entry of `files` of each
-        image. Warnings list the unreadable files.
+        uint8 array `(N, H, W, 3)`, memory-mapped if it is large, or `StreamedImages` if it would
+        be larger than the cache; and the entry of `files` of each image. Warnings list the
+        unreadable files.
 
     Raises:
         ImageError: if 1% of the files or more cannot be read, except for too large images.

@@ -24,6 +24,7 @@ from keras_vit.data.folders import (
     warn_of_split,
 )
 from keras_vit.data.images import ImageError
+from keras_vit.data.streaming import subset
 from keras_vit.data.tfds import load_tfds
 from keras_vit.validation import resizing
 
@@ -164,7 +165,7 @@ def _with_labels_of_a_model(dataset, class_names):
     if not kept.any():
         raise DatasetError(different_classes(class_names, others, f"those of {dataset.name}"))
     left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
-    pair = (images if kept.all() else images[kept]), new_labels[kept]
+    pair = (images if kept.all() else subset(images, kept)), new_labels[kept]
     flip = dataset.horizontal_flip
     return Dataset(dataset.name, *pair, *pair, class_names, flip), left_out
 
@@ -212,7 +213,7 @@ def _load_unseen_files(folder, image_size, class_names, seen, resize):
     if not kept.any():
         counts = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         raise DatasetError(f"{folder} has no images to test on, only {counts}")
-    images = images if kept.all() else images[kept]
+    images = images if kept.all() else subset(images, kept)
     files = [dataclasses.replace(file, split=TEST) for file, is_kept in zip(files, kept) if is_kept]
     labels = np.array([places[file.class_name] for file in files], "int64")
     name, pair = path.resolve().name, (images, labels)
@@ -231,9 +232,11 @@ def _load_folder(folder, image_size, resize, multiple_of):
     splits = [file.split for file in files]
 
     def part(split):
-        """Views, because the images of a split are contiguous in the manifest."""
-        start, count = splits.index(split), splits.count(split)
-        return images[start : start + count], labels[start : start + count]
+        """Views of arrays, because the images of a split are contiguous in the manifest."""
+        start = splits.index(split)
+        place = slice(start, start + splits.count(split))
+        chosen = images[place] if isinstance(images, np.ndarray) else images.subset(place)
+        return chosen, labels[place]
 
     name = folder.resolve().name
     return Dataset(

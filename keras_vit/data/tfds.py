@@ -1,9 +1,12 @@
 """Image classification data sets of TensorFlow Datasets."""
 
 import dataclasses
+import math
+import pathlib
 
 import numpy as np
 
+from keras_vit.data import cache
 from keras_vit.data.dataset import (
     NOT_MIRRORED,
     Dataset,
@@ -11,7 +14,7 @@ from keras_vit.data.dataset import (
     DatasetUnavailable,
     split_off_test,
 )
-from keras_vit.data.images import first_line, nearest_multiple
+from keras_vit.data.images import ImageError, first_line, nearest_multiple
 
 # Side that images are resized to if they differ in size or have a side larger than LARGEST.
 RESIZED_SIDE, LARGEST = 64, 128
@@ -140,6 +143,8 @@ def _read_split(builder, split, size, resize):
         return None
     try:
         return _read_arrays(builder, split, size, resize)
+    except ImageError as error:
+        raise DatasetError(f"{builder.name}: {error}") from error
     except (OSError, StopIteration, tf.errors.OpError) as error:
         raise DatasetError(
             f"{builder.name} in {builder.data_dir} cannot be read ({first_line(error)}): if it is "
@@ -151,15 +156,22 @@ def _read_arrays(builder, split, size, resize):
     import tensorflow as tf
 
     images = builder.as_dataset(split=split, as_supervised=True)
-    _, first_label = next(iter(images.take(1)))
-    if first_label < 0:  # Marks labels that are not public.
-        return None
     if size is not None:
         images = images.map(
             lambda image, label: (_fitted(image, size, resize), label),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
-    arrays = images.batch(builder.info.splits[split].num_examples).get_single_element()
+    first, first_label = next(iter(images.take(1)))
+    if first_label < 0:  # Marks labels that are not public.
+        return None
+    count = builder.info.splits[split].num_examples
+    shape = (count, *first.shape)
+    if math.prod(shape) > cache.IN_MEMORY:
+        files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
+        stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        identity = [builder.info.full_name, str(builder.data_dir), split, shape, resize, stats]
+        return cache.stored(identity, shape, images.batch(256).as_numpy_iterator)
+    arrays = images.batch(count).get_single_element()
     return tuple(np.asarray(array) for array in arrays)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn import metrics
 
 from keras_vit.devices import accelerators
-from keras_vit.prediction import predict
+from keras_vit.prediction import batch_size, predict
 
 # DINO's neighbours of an image, and the temperature of their votes.
 NEIGHBOURS, TEMPERATURE = 20, 0.07
@@ -28,7 +28,9 @@ def flip_averaged_accuracy(model, images, labels, probabilities):
     Returns:
         Float in [0, 1].
     """
-    flipped = predict(model, images[:, :, ::-1])
+    size = batch_size(images.shape[1:])
+    batches = (images[start : start + size] for start in range(0, len(images), size))
+    flipped = np.concatenate([predict(model, batch[:, :, ::-1]) for batch in batches])
     return float(np.mean((probabilities + flipped).argmax(axis=1) == labels))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from keras_vit import distribution
 from keras_vit.data.batches import InOrder, batches_of, fed
 from keras_vit.data.dataset import digest
+from keras_vit.data.streaming import sample
 from keras_vit.devices import accelerators, on_jax_accelerator
 from keras_vit.files import is_terminal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
@@ -63,7 +64,7 @@ def build_model(dataset, recipe, dtype=None, pretrained=None):
     )
     model.seen = dataset.seen
     if pretrained is None:
-        model.adapt(dataset.train_images)
+        model.adapt(sample(dataset.train_images))
     else:
         copy_weights(pretrained, model, head=pretrained.class_names == model.class_names)
         model.seen = tuple(sorted({*pretrained.seen, *dataset.seen}))

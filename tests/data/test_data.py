@@ -15,10 +15,12 @@ from keras_vit.data import (
     DatasetError,
     DatasetUnavailable,
     DeviceBatches,
+    StreamedImages,
     images,
     load_unseen,
 )
 from keras_vit.data import tfds as tfds_sets
+from keras_vit.data.dataset import digest
 from keras_vit.data.tfds import RESIZED_SIDE
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
@@ -154,6 +156,30 @@ def test_without_public_test_labels_the_validation_split_becomes_the_test_set(tm
     dataset = load_dataset("keras_vit_secret", tmp_path)
     assert sorted(dataset.test_labels) == [0, 1, 1]
     assert sorted(dataset.train_labels) == [0, 0, 1, 1]
+
+
+def test_a_large_set_of_tensorflow_datasets_is_memory_mapped_and_bounded(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare(tmp_path, "KerasVitLarge", {"train": [0, 1, 1] * 100})
+    whole = load_dataset("keras_vit_large", tmp_path, 8)
+    monkeypatch.setattr("keras_vit.data.cache.IN_MEMORY", 100)
+    capsys.readouterr()
+    for decoded in (1, 0):
+        mapped = load_dataset("keras_vit_large", tmp_path, 8)
+        assert capsys.readouterr().out.count("Decoding 300 images, once") == decoded
+        for name in ("train", "test"):
+            images = getattr(mapped, f"{name}_images")
+            assert isinstance(images, StreamedImages)
+            assert np.array_equal(images[:], getattr(whole, f"{name}_images"))
+            labels = getattr(mapped, f"{name}_labels")
+            assert np.array_equal(labels, getattr(whole, f"{name}_labels"))
+        assert digest(mapped) == digest(whole)
+    monkeypatch.setenv("KERAS_VIT_CACHE_GIB", "1e-5")
+    assert load_dataset("keras_vit_large", tmp_path, 8).image_shape == (8, 8, 3)
+    with pytest.raises(DatasetError, match="300 images of 9x9.*choose a smaller --image-size"):
+        load_dataset("keras_vit_large", tmp_path, 9)
 
 
 def test_a_data_set_without_a_training_split_is_tested_on_and_not_trained_on(tmp_path):
