@@ -122,8 +122,8 @@ def _run(settings, figures_dir):
         show(metrics, dataset)
         language = settings.language
         draw(model, dataset, settings.training, probabilities, history, figures, language)
-        facts = settings, metrics, probabilities
-        write_pages(run_dir, model, dataset, *facts, figures, language)
+        shown = settings, metrics, probabilities
+        write_pages(run_dir, model, dataset, *shown, figures, language)
         run_dir.write_checksums()
         # Without a checkpoint the run counts as finished.
         run_dir.remove_checkpoints()

@@ -302,7 +302,7 @@ def test_features_are_probed_on_a_data_set_of_any_classes(
     line = f"a linear probe has accuracy {own['probe']['linear']:.2%} and 20 nearest neighbours "
     assert line + f"{own['probe']['nearest_neighbours']:.2%} on {tested} test" in captured.out
     assert "only the features are measured: " in captured.err
-    assert "others has images of a, b, expected some of" in captured.err
+    assert "differ from the folder's (a, b)" in captured.err
 
 
 def test_some_classes_or_none_and_a_model_that_does_not_tell_what_it_saw(
