@@ -24,6 +24,7 @@ PARTS = {
     "weight decay": ("weight_decay", "decay_kernels_only"),
     "wider crop": ("crop_scale", "crop_ratio"),
     "no dropout": ("dropout",),
+    "small images first": ("image_scales", "image_scale_milestones"),
     "TrivialAugment": ("trivial_augment",),
     "label smoothing": ("label_smoothing",),
 }

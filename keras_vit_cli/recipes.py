@@ -154,13 +154,13 @@ RECIPES = {
         cpu_epochs=5,
     ),
     "strong": Recipe(
-        description="1.8 million parameters, Muon, TrivialAugment and a wider crop, for a night on "
-        "two CPU cores; kernels alone decay.",
+        description="1.8 million parameters, Muon, TrivialAugment and a wider crop, on images that "
+        "grow from 16x16 to 32x32 pixels, for a night on two CPU cores; kernels alone decay.",
         result="88.1 % on CIFAR-10, seed 0, for 1.5e15 FLOP: 2.3 hours on one and two cores of an "
         "Intel Xeon with AMX, by `--backend torch --precision bfloat16` beside other work.",
-        epochs=40,
+        epochs=60,
         optimizer="muon",
-        learning_rate=2e-3,
+        learning_rate=2.5e-3,
         weight_decay=0.1,
         decay_kernels_only=True,
         schedule="cosine",
@@ -172,6 +172,8 @@ RECIPES = {
         dropout=0.0,
         crop_scale=(0.6, 1.0),
         crop_ratio=(3 / 4, 4 / 3),
+        image_scales=(0.5, 0.75),
+        image_scale_milestones=(0.2, 0.6),
         trivial_augment=True,
         label_smoothing=0.1,
     ),
