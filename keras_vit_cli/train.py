@@ -395,7 +395,8 @@ def lost(error):
         return CommandError(f"{error}, or start over with --overwrite")
     if isinstance(error, distribution.DistributionError):
         return CommandError(str(error))
-    if distribution.processes() > 1 and type(error).__name__ == "JaxRuntimeError":
+    is_of_jax = type(error).__name__ == "JaxRuntimeError" or "Gloo" in str(error)
+    if distribution.processes() > 1 and is_of_jax:
         reason = str(error).strip().splitlines()[0]
         return CommandError(
             "another process has ended, as its own output may explain. Run the same command in all "
