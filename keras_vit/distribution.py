@@ -75,9 +75,9 @@ def _connect_processes():
 
     values = {name: os.environ.get(name) or os.environ.get(KUBEFLOW[name]) for name in KUBEFLOW}
     received = ", ".join(f"{name}={value}" for name, value in values.items() if value is not None)
-    addresses = values[ADDRESSES].split(",") if values[ADDRESSES] else [None]
+    addresses = (values[ADDRESSES] or "").split(",")
     try:
-        count, index = (values[name] and int(values[name]) for name in (PROCESSES, PROCESS))
+        count, index = (_integer(values[name]) for name in (PROCESSES, PROCESS))
         if addresses[0] and not addresses[0].rpartition(":")[2].isdigit():
             raise ValueError
         if len(addresses) > 1 and len(addresses) != count:
@@ -94,7 +94,7 @@ def _connect_processes():
     own = [0] if len(visible) == 1 and visible[0] else None
     try:
         jax.distributed.initialize(
-            addresses[0],
+            addresses[0] or None,
             count,
             index,
             local_device_ids=own,
@@ -110,6 +110,10 @@ def _connect_processes():
         ) from error
     except RuntimeError as error:  # Such as what Kubernetes answers.
         raise DistributionError(f"--distribute hosts: {' '.join(str(error).split())}") from error
+
+
+def _integer(text):
+    return int(text) if text else None
 
 
 def devices():

@@ -376,8 +376,8 @@ def explained(error, settings):
         same = "the same command" + (" without --overwrite" if settings.overwrite else "")
         return Stopped(f"{error} Run {same} to continue.", error.status)
     # TensorFlow's error quotes that of the thread which reads the images.
-    if lost := re.search(f"{ImageError.__name__}: (.*)", str(error)):
-        return CommandError(lost[1], status=1)
+    if unreadable := re.search(f"{ImageError.__name__}: (.*)", str(error)):
+        return CommandError(unreadable[1], status=1)
     # Each backend has a class of its own for this.
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
         recipe = settings.training

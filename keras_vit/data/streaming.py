@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import functools
+import typing
 
 import numpy as np
 
@@ -61,7 +62,7 @@ class StreamedImages:
         self._ahead = ahead
 
     def _submitted(self, row):
-        return self._ahead.pop(row, None) or _threads().submit(self._read, row)
+        return self._ahead.pop(row, None) or _threads().submit(lambda: self._read(row))
 
     def subset(self, key):
         """The images of a slice, of indices or of a boolean mask, as `StreamedImages`."""
@@ -90,7 +91,7 @@ def subset(images, key):
     return images.subset(key) if isinstance(images, StreamedImages) else images[key]
 
 
-def sample(images):
+def sample(images) -> typing.Any:
     """The images that a model's normalization is adapted on.
 
     Args:
