@@ -64,6 +64,8 @@ def _run(settings, figures_dir):
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     with explaining_failures(settings):
         distribution.agree(facts(settings, dataset, validation))
+        if not settings.overwrite:
+            checkpoints.check_first(run_dir.checkpoints)
         try:
             keras.utils.set_random_seed(settings.seed)
             policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
@@ -73,9 +75,6 @@ def _run(settings, figures_dir):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(explaining_failed_writes(run_dir))
-        if not settings.overwrite:
-            with explaining_failures(settings):
-                checkpoints.check_first(run_dir.checkpoints)
         with together():
             if is_first:
                 stack.enter_context(run_dir.prepared(settings, keras.backend.backend(), dataset))
