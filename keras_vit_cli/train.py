@@ -190,11 +190,11 @@ def facts(settings, dataset, validation):
     if distribution.processes() == 1:
         return {}
     jax = importlib.metadata.version("jax")
-    held_out = [] if validation is None else [hashlib.sha256(x).hexdigest() for x in validation]
+    held_out = [hashlib.sha256(x).hexdigest()[:12] for x in validation or ()]
     chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
     chosen["overwrite"] = settings.overwrite
     versions = {**checkpoints.versions(), "jax": jax}
-    images = {"training data": digest(dataset), "validation data": held_out}
+    images = {"training data": digest(dataset)[:12], "validation data": held_out}
     return json.loads(json.dumps({**versions, **chosen, **images}))
 
 
