@@ -65,6 +65,8 @@ def _run(settings, figures_dir):
     figures = pathlib.Path(figures_dir) if figures_dir else run_dir.figures
     with explaining_failures(settings):
         distribution.agree(facts(settings, dataset, validation))
+        if not settings.overwrite:
+            checkpoints.check_first(run_dir.checkpoints)
         try:
             keras.utils.set_random_seed(settings.seed)
             policy = "float32" if settings.precision == "float32" else f"mixed_{settings.precision}"
@@ -74,9 +76,6 @@ def _run(settings, figures_dir):
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(explaining_failed_writes(run_dir))
-        if not settings.overwrite:
-            with explaining_failures(settings):
-                checkpoints.check_first(run_dir.checkpoints)
         with together():
             if is_first:
                 stack.enter_context(run_dir.prepared(settings, keras.backend.backend(), dataset))
@@ -192,11 +191,11 @@ def facts(settings, dataset, validation):
     if distribution.processes() == 1:
         return {}
     jax = importlib.metadata.version("jax")
-    held_out = [] if validation is None else [hashlib.sha256(x).hexdigest() for x in validation]
+    held_out = [hashlib.sha256(np.ascontiguousarray(x)).hexdigest()[:12] for x in validation or ()]
     chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
     chosen["overwrite"] = settings.overwrite
     versions = {**checkpoints.versions(), "jax": jax}
-    images = {"training data": digest(dataset), "validation data": held_out}
+    images = {"training data": digest(dataset)[:12], "validation data": held_out}
     return json.loads(json.dumps({**versions, **chosen, **images}))
 
 

@@ -40,7 +40,7 @@ sys.exit(getattr(test_distribution, sys.argv[1])(*sys.argv[2:]))
 """
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-LIMIT = 300  # Seconds within which any program ends.
+LIMIT = 600  # Seconds within which any program ends.
 # A peer's death is noticed at once where a connection breaks, and by its silence otherwise.
 NOTICED = distribution.HEARTBEAT + 30
 
