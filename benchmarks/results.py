@@ -230,9 +230,9 @@ def draw_accuracy_and_compute(runs, path):
         others = [(row[3], row[4]) for row in PEERS]
         axes.scatter(*zip(*others), facecolor="none", edgecolor="C7", label="published by others")
         for name, x, y in points:
-            _annotate(axes, f"{name} {y:.1f}", x, y, color="C0", weight="bold")
+            _annotate(axes, f"{name} {y:.1f}", x, y, va="top", color="C0", weight="bold")
         for name, *_, x, y, _ in PEERS:
-            _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x < 2e16)
+            _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x < 2e16, va="bottom")
         axes.set(xscale="log", xlabel="operations of the training, FLOP")
         axes.set_xlim(right=8e16)
         axes.set(ylabel="test accuracy on CIFAR-10, %")
@@ -241,7 +241,7 @@ def draw_accuracy_and_compute(runs, path):
 
 def _annotate(axes, text, x, y, on_the_left=False, **style):
     side, offset = ("right", -7) if on_the_left else ("left", 7)
-    place = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+    place = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side}
     axes.annotate(text, (x, y), fontsize=8.5, **place, **style)
 
 

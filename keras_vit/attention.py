@@ -21,8 +21,8 @@ def attention_scores(model: keras.Model, images: np.ndarray) -> np.ndarray:
 
     The last block of a `VisionTransformer` computes only the tokens that its head reads. Here all
     tokens are queries, so that its matrix has as many rows as those of the other blocks. The same
-    holds for other models whose queries are `tokens[:, :count]`, such as a clone of one, or a
-    `keras.Model` with a head of its own on the layers of one.
+    holds for other models whose queries are `tokens[:, :count]` of their values and keys, such as
+    a clone of one, or a `keras.Model` with a head of its own on the layers of one.
 
     Args:
         model: a `VisionTransformer`, or another functional model whose attention layers
@@ -422,9 +422,9 @@ def _run(model, inputs, attend):
                 return outputs
             returns_scores = kwargs.pop("return_attention_scores", False)
             bound = inspect.signature(operation.call).bind(*args, **kwargs)
-            query, value = (bound.arguments.get(name) for name in ("query", "value"))
+            query, value, key = (bound.arguments.get(x) for x in ("query", "value", "key"))
             # The last block of a `VisionTransformer` skips tokens that its head does not read.
-            skips = any(query is part and value is tokens for part, tokens in leading)
+            skips = key is None and any(query is x and value is tokens for x, tokens in leading)
             if skips:
                 bound.arguments["query"] = value
             outputs, scores = attend(operation, bound.args, bound.kwargs)

@@ -191,7 +191,7 @@ def facts(settings, dataset, validation):
     if distribution.processes() == 1:
         return {}
     jax = importlib.metadata.version("jax")
-    held_out = [hashlib.sha256(np.ascontiguousarray(x)).hexdigest()[:12] for x in validation or ()]
+    held_out = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest()[:12] for x in validation or ()]
     chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
     chosen["overwrite"] = settings.overwrite
     versions = {**checkpoints.versions(), "jax": jax}
