@@ -445,6 +445,7 @@ def test_a_folder_in_which_a_run_finished_meanwhile_is_left_alone(capsys, monkey
     assert (tmp_path / "run" / "metrics.json").read_text() == "of the other run"
 
 
+@pytest.mark.slow
 def test_a_run_whose_pictures_failed_goes_on_to_draw_them(capsys, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(figures, "draw_all", lambda *_: (_ for _ in ()).throw(OSError(28, "full")))

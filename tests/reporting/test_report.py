@@ -306,6 +306,7 @@ def test_the_report_fits_every_screen(run, open_page, name):
         page.screenshot(path=pathlib.Path(SCREENSHOTS) / f"report-{name}.png", full_page=True)
 
 
+@pytest.mark.slow
 def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, tmp_path):
     again = tmp_path / "run"
     shutil.copytree(run, again)
@@ -333,6 +334,7 @@ def test_the_report_can_be_written_again_in_polish(run, open_page, monkeypatch, 
     assert "token klasy" in page.locator("#query").inner_text()
 
 
+@pytest.mark.slow
 def test_a_run_and_its_explanations_in_polish_have_polish_pictures(run, monkeypatch, tmp_path):
     languages = []
     monkeypatch.setattr(figures, "draw_all", lambda *arguments: languages.append(arguments[-1]))

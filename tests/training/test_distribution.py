@@ -408,6 +408,7 @@ def test_variables_that_do_not_fit_together_are_refused_in_one_line(changes, mes
 # Several devices of one process.
 
 
+@pytest.mark.slow
 @needs_jax
 def test_four_devices_learn_what_one_does(start, tmp_path):
     """With random augmentation and dropout, whose draws are those of the whole batch."""

@@ -88,7 +88,7 @@ def test_a_resumed_run_gives_bitwise_identical_results(stops, uninterrupted, tmp
     "stop",
     [
         pytest.param((1, 3), id="on small images", marks=pytest.mark.slow),
-        pytest.param((2, 6), id="when they grow"),
+        pytest.param((2, 6), id="when they grow", marks=pytest.mark.slow),
         pytest.param((3, 2), id="on large images", marks=pytest.mark.slow),
     ],
 )

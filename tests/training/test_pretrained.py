@@ -58,6 +58,7 @@ def test_frozen_blocks_and_embeddings_stay_as_they_are(parent):
         build_model(dataset, dataclasses.replace(RECIPE, freeze=3))
 
 
+@pytest.mark.slow
 def test_positions_are_interpolated_where_small_images_come_first(parent):
     dataset = colours()
     recipe = dataclasses.replace(RECIPE, image_scales=(0.5,), image_scale_milestones=(0.5,))

@@ -67,6 +67,7 @@ def test_growing_keeps_weights_optimizer_and_seeds_and_interpolates_positions(po
     assert all(same) and len(same) > 50
 
 
+@pytest.mark.slow
 def test_a_run_that_grows_learns_on_images_of_full_size(tmp_path):
     dataset, recipe = colours(), small_recipe(epochs=4, **GROWING)
     keras.utils.set_random_seed(0)
@@ -86,6 +87,7 @@ def test_without_a_crop_nothing_could_be_resized():
         fit(model, dataset, recipe)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_for_fewer_epochs(tmp_path):
     dataset = colours(24)
     first = fit(small_model(dataset), dataset, small_recipe(epochs=3), run_dir=tmp_path)
