@@ -297,7 +297,7 @@ for epoch in range(1, 5):
     batches.start_epoch(epoch)
     for images, labels in batches:
         pass
-    print(epoch, dataset.train_images.nbytes / 2**20, resident())
+    print("MiB", dataset.train_images.nbytes / 2**20, resident())
 """
 
 
@@ -321,8 +321,7 @@ def test_memory_stays_flat_while_epochs_are_streamed(folder, tmp_path):
     printed = subprocess.run(
         words, cwd=ROOT, env=environment, capture_output=True, check=True
     ).stdout
-    rows = [list(map(float, x.split())) for x in printed.decode().splitlines() if x[0].isdigit()]
-    rows = [row for row in rows if len(row) == 3]
-    sizes = [size for *_, size in rows]
-    assert rows[0][1] > 400
+    rows = [x.split() for x in printed.decode().splitlines() if x.startswith("MiB ")]
+    sizes = [float(size) for *_, size in rows]
+    assert len(rows) == 4 and float(rows[0][1]) > 400
     assert max(sizes) - min(sizes) < 60
