@@ -39,8 +39,7 @@ def main():
     if options.timm:
         return train_timm(options.folders[0], options.epochs, options.seeds[0], options.output)
     runs = {
-        (name, folder, seed): options.output
-        / f"{folder.name}-{''.join(filter(str.isalnum, name))}-{seed}"
+        (name, folder, seed): options.output / named(f"{folder.resolve().name} {name} {seed}")
         for folder in options.folders
         for name in [*contestants(), TIMM]
         for seed in options.seeds

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +14,7 @@ import numpy as np
 
 from keras_vit import devices, distribution, training
 from keras_vit.data import DatasetError, DatasetUnavailable, ImageError, load_dataset
-from keras_vit.data.dataset import digest
+from keras_vit.data.dataset import digest, digest_of_arrays
 from keras_vit.data.folders import warn
 from keras_vit.files import atomic_write, make_output, write_json
 from keras_vit.loading import ModelError, load_model
@@ -191,7 +190,7 @@ def facts(settings, dataset, validation):
     if distribution.processes() == 1:
         return {}
     jax = importlib.metadata.version("jax")
-    held_out = [hashlib.sha256(np.asarray(x).tobytes()).hexdigest()[:12] for x in validation or ()]
+    held_out = digest_of_arrays(*validation)[:12] if validation else None
     chosen = {k: v for k, v in settings.to_json().items() if k not in MAY_DIFFER}
     chosen["overwrite"] = settings.overwrite
     versions = {**checkpoints.versions(), "jax": jax}

@@ -185,7 +185,11 @@ def digest(dataset):
         if dataset.resize != "squash":  # The digest of earlier versions, which knew no other.
             content += dataset.resize
         return hashlib.sha256(content.encode()).hexdigest()
-    images, labels = dataset.train_images, dataset.train_labels
+    return digest_of_arrays(dataset.train_images, dataset.train_labels)
+
+
+def digest_of_arrays(images, labels):
+    """A digest of images, their labels and their order."""
     content = hashlib.sha256(str((images.shape, images.dtype, labels.dtype)).encode())
     for array in (images, labels):
         for start in range(0, len(array), 1024):  # All of them may be more than memory holds.
