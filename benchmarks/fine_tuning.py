@@ -1,9 +1,10 @@
 """What pretrained weights are worth on photos in class folders, beside training from scratch.
 
-`python -m benchmarks.fine_tuning FOLDER... --seeds 0 1` trains on each folder, for the same number
-of epochs: from scratch, from each preset, and timm's ViT of the size of `quick` from scratch (needs
-`pip install timm torch`). Finished runs are not repeated. The table goes to
-`benchmarks/results/fine_tuning.json`: accuracy on the test images after the last epoch.
+`KERAS_BACKEND=torch python -m benchmarks.fine_tuning FOLDER... --seeds 0 1` trains on each folder,
+for about the same time: from scratch, from each preset, and timm's ViT of the size of `quick` from
+scratch (needs `pip install timm torch`; ours train on TensorFlow, which may not share a process with
+PyTorch). Finished runs are not repeated. The table goes to `benchmarks/results/fine_tuning.json`:
+accuracy on the test images after the last epoch.
 """
 
 import argparse
@@ -20,10 +21,16 @@ from benchmarks.results import ROOT
 from benchmarks.runs import in_processes
 from keras_vit.data import load_dataset
 from keras_vit.files import write_json
-from keras_vit.presets import list_presets
 from keras_vit_cli.recipes import RECIPES
 
 TIMM = "timm's ViT of that size, from scratch"  # What the table calls it.
+# Options by what they train, and the number of epochs that takes about the same time for each.
+CONTESTANTS = {
+    "`quick`, from scratch": (["--recipe", "quick"], 75),
+    "from `cifar10-quick`": (["--init-from", "cifar10-quick"], 45),
+    "from `cifar10-strong`": (["--init-from", "cifar10-strong"], 15),
+    TIMM: (["--timm"], 45),
+}
 SIDE = 32  # Of all images, in pixels: what the presets were trained on.
 
 
@@ -31,7 +38,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", nargs="+", type=pathlib.Path, help="photos in class folders")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=RECIPES["finetune"].epochs)
+    parser.add_argument("--epochs", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "fine_tuning")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, a core for each")
     parser.add_argument("--timm", action="store_true", help=argparse.SUPPRESS)
@@ -41,10 +48,10 @@ def main():
     runs = {
         (name, folder, seed): options.output / named(f"{folder.resolve().name} {name} {seed}")
         for folder in options.folders
-        for name in [*contestants(), TIMM]
+        for name in CONTESTANTS
         for seed in options.seeds
     }
-    commands = [command(*run, options.epochs, place) for run, place in runs.items()]
+    commands = [command(*run, place) for run, place in runs.items()]
     in_processes(commands, list(runs.values()), options.jobs)
     found = {}
     for (name, folder, _), place in runs.items():
@@ -53,7 +60,8 @@ def main():
             of_name = found.setdefault(name, {}).setdefault(folder.resolve().name, {})
             of_name.setdefault(key, []).append(metrics[key])
     print("\n".join(table(found)))
-    settings = {"epochs": options.epochs, "seeds": options.seeds, "found": found}
+    epochs = {name: epochs for name, (_, epochs) in CONTESTANTS.items()}
+    settings = {"epochs": epochs, "seeds": options.seeds, "found": found}
     write_json(ROOT / "benchmarks" / "results" / "fine_tuning.json", settings)
 
 
@@ -62,21 +70,16 @@ def named(name):
     return "-".join(re.findall(r"\w+", name))
 
 
-def contestants():
-    """Options of `train.py` by what they train."""
-    scratch = {"`quick`, from scratch": ["--recipe", "quick"]}
-    return scratch | {f"from `{name}`": ["--init-from", name] for name in list_presets()}
-
-
-def command(name, folder, seed, epochs, place):
+def command(name, folder, seed, place):
     """The words of a process that trains one contestant."""
-    words = ["--epochs", str(epochs), "--output", str(place)]
+    words, epochs = CONTESTANTS[name]
+    words = [*words, "--epochs", str(epochs), "--output", str(place)]
     if name == TIMM:
-        words += ["--timm", "--seeds", str(seed)]
+        words += ["--seeds", str(seed)]
         return [sys.executable, "-m", "benchmarks.fine_tuning", str(folder), *words]
     words += ["--dataset", str(folder), "--seed", str(seed), "--image-size", str(SIDE)]
-    words += ["--figures-dir", str(place / "figures")]
-    return [sys.executable, str(ROOT / "train.py"), *contestants()[name], *words]
+    words += ["--backend", "tensorflow", "--figures-dir", str(place / "figures")]
+    return [sys.executable, str(ROOT / "train.py"), *words]
 
 
 def train_timm(folder, epochs, seed, output):

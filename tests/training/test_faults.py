@@ -9,13 +9,14 @@ import collections
 import concurrent.futures
 import hashlib
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
 import random
 import shutil
 import signal
 import subprocess
+import threading
 import time
 
 import keras
@@ -37,6 +38,9 @@ SIZES = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--patc
 DATA = ["--dataset=digits", "--limit-train=96", "--batch-size=8", "--validation=20"]
 
 context = multiprocessing.get_context("forkserver")
+# A status can be read once only, and `start` reads those of all processes: of two threads that read
+# the same one, the second gets 255.
+reading = threading.Lock()
 # TensorFlow even on JAX: `keras.utils.set_random_seed` imports it where it is installed.
 context.set_forkserver_preload(
     ["keras_vit.reporting.figures", "keras_vit.training", "sklearn.datasets", "tensorflow"]
@@ -95,14 +99,26 @@ def _die_at(count):
 def start(folder, epochs=EPOCHS, die_at=None, output=None):
     folder.mkdir(exist_ok=True)
     process = context.Process(target=run, args=(folder, epochs, die_at, output or folder))
-    process.start()
+    with reading:
+        process.start()
     return process
 
 
+def status_of(process, seconds=0):
+    """The exit status of a process after waiting for it, or None if it is still running."""
+    multiprocessing.connection.wait([process.sentinel], seconds)
+    with reading:
+        return process.exitcode
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    assert status_of(process, 60) is not None
+
+
 def finish(folder, status=0, **options):
-    process = start(folder, **options)
-    process.join(240)
-    assert process.exitcode == status, (folder / "output.txt").read_text()[-3000:]
+    found = status_of(start(folder, **options), 240)
+    assert found == status, (folder / "output.txt").read_text()[-3000:]
 
 
 def is_finished(folder):
@@ -119,13 +135,14 @@ def kill_after(folder, count, **options):
     """Starts a run and kills it after `count` checkpoints."""
     process = start(folder, **options)
     wait_for_notes(process, folder, count)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    kill(process)
 
 
 def wait_for_notes(process, folder, count):
     deadline = time.monotonic() + 120
-    while len(notes(folder)) < count and time.monotonic() < deadline and process.is_alive():
+    while len(notes(folder)) < count and time.monotonic() < deadline:
+        if status_of(process) is not None:
+            break
         time.sleep(0.002)
 
 
@@ -186,10 +203,9 @@ def kill_often(folder, seed):
         target = before + rng.choice([0, 1, 1, 2, 3])
         wait_for_notes(process, folder, target)
         time.sleep(rng.uniform(0, 0.05) if target > before else rng.uniform(0, 2))
-        if not process.is_alive():
+        if status_of(process) is not None:
             return kills
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        kill(process)
     if not is_finished(folder):
         finish(folder)
     return KILLS
@@ -212,11 +228,10 @@ def test_a_kill_inside_every_write(uninterrupted, tmp_path):
 
     def is_reached(count):
         folder = tmp_path / str(count)
-        process = start(folder, epochs=1, die_at=count)
-        process.join(120)
-        if process.exitcode == 0:
+        status = status_of(start(folder, epochs=1, die_at=count), 120)
+        if status == 0:
             return False
-        assert process.exitcode == -signal.SIGKILL, (folder / "output.txt").read_text()[-2000:]
+        assert status == -signal.SIGKILL, (folder / "output.txt").read_text()[-2000:]
         if not is_finished(folder):
             finish(folder, epochs=1)
         assert_nothing_lost(folder, uninterrupted, 1)
@@ -255,13 +270,12 @@ def test_damage_to_each_file_of_a_run_directory(damage, uninterrupted, tmp_path)
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("output.txt"))
         victim = folder / "run" / path.relative_to(source / "run")
         victim.write_bytes(damage(victim.read_bytes()))
-        process = start(folder, epochs=3)
-        process.join(240)
-        if process.exitcode == 0:
+        status = status_of(start(folder, epochs=3), 240)
+        if status == 0:
             assert_nothing_lost(folder, uninterrupted, 3)
             return True
         last = last_line(folder)
-        assert process.exitcode == 2, last
+        assert status == 2, last
         assert last.startswith("error: ") and path.name in last
         # The content of these files cannot be recovered.
         assert path.name in ("best.keras", "config.json"), last
@@ -307,9 +321,7 @@ def test_a_disk_that_becomes_read_only(uninterrupted, small_disk, tmp_path):
     remount(small_disk, "size=50m")
     kill_after(small_disk, 4, epochs=3)
     remount(small_disk, "ro")
-    process = start(small_disk, epochs=3, output=tmp_path)
-    process.join(120)
-    assert process.exitcode == 2
+    assert status_of(start(small_disk, epochs=3, output=tmp_path), 120) == 2
     assert last_line(tmp_path).endswith("unchanged. Choose another --figures-dir.")
     remount(small_disk, "rw")
     finish(small_disk, epochs=3)
@@ -322,8 +334,7 @@ def test_a_run_directory_that_is_removed(tmp_path):
     process = start(folder, epochs=EPOCHS, output=tmp_path)
     wait_for_notes(process, folder, 4)
     folder.rename(tmp_path / "elsewhere")
-    process.join(120)
-    assert process.exitcode == 1
+    assert status_of(process, 120) == 1
     assert last_line(tmp_path).startswith("error: ")
     assert "no such file or directory" in last_line(tmp_path)
 
