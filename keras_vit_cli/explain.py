@@ -73,7 +73,7 @@ def _write_explorer(options, model, shown):
         )
     except ValueError as error:
         raise CommandError(str(error)) from error
-    print(f"Attention explorer of {count} images: {path}")
+    print(f"Attention explorer of {count} image{'s' if count > 1 else ''}: {path}")
 
 
 def _index(names, target, model):

@@ -179,10 +179,8 @@ def warn_of_split(files, names):
         warn(f"{count} in more than one class: " + enumerated(twice))
     copies = [_printable(file.path) for file in files if file.split == COPY]
     if copies:
-        warn(
-            f"left out {len(copies)} images that are copies of test or validation images: "
-            + enumerated(copies)
-        )
+        count = f"{len(copies)} copies" if len(copies) > 1 else "1 copy"
+        warn(f"left out {count} of test or validation images: {enumerated(copies)}")
 
 
 def enumerated(items):

@@ -199,7 +199,7 @@ def _load_unseen_files(folder, image_size, class_names, seen, resize):
         images, files = read_folder(path, listed, image_size, resize)
     reasons = {
         "that the model was trained or validated on": lambda x: x.digest[:SHORT] in seen,
-        "that are copies of others": lambda x: x.split == COPY,
+        "with the content of another": lambda x: x.split == COPY,
         _of_other_classes(others): lambda x: x.class_name not in places,
         "of the training split (the model does not record its training images)": lambda x: (
             not seen and x.split != TEST

@@ -59,8 +59,8 @@ def draw_all(
     numbered = [f"{new}: {old}" for old, new in zip(class_names, drawn_names) if new != old]
     if numbered:
         print(
-            f"WARNING: no font has the letters of {len(numbered)} class names, which the pictures "
-            f"number ({', '.join(numbered[:5])}{', ...' if len(numbered) > 5 else ''}). Install "
+            "WARNING: no font has the letters of all class names: the pictures number them "
+            f"({', '.join(numbered[:5])}{', ...' if len(numbered) > 5 else ''}). Install "
             "one, such as Noto Sans CJK",
             file=sys.stderr,
         )

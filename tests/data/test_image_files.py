@@ -306,7 +306,7 @@ def test_copies_of_test_images_are_removed_from_the_training_set(tmp_path, capsy
     after = load_dataset(str(folder))
     np.testing.assert_array_equal(after.test_images, before.test_images)
     np.testing.assert_array_equal(after.train_images, before.train_images[1:])
-    assert "left out 1 images that are copies of test" in capsys.readouterr().err
+    assert "left out 1 copy of test or validation images: " in capsys.readouterr().err
 
 
 def test_a_folder_can_have_a_validation_set(tmp_path):

@@ -45,7 +45,8 @@
     const position = fraction * (colours.length - 1), below = Math.min(Math.floor(position), colours.length - 2);
     return [0, 1, 2].map((i) => colours[below][i] + (position - below) * (colours[below + 1][i] - colours[below][i])).concat(255);
   };
-  const shade = (fraction) => [0, 0, 0, 255 * state.strength * (1 - fraction)];
+  // Towards grey: towards black or white, dark or bright images get lost.
+  const shade = (fraction) => [128, 128, 128, 255 * state.strength * (1 - fraction)];
 
   function mark(selector, token) {
     document.querySelectorAll(".explorer " + selector).forEach((box) => {
