@@ -1,10 +1,10 @@
 """What pretrained weights are worth on photos in class folders, beside training from scratch.
 
-`KERAS_BACKEND=torch python -m benchmarks.fine_tuning FOLDER... --seeds 0 1` trains on each folder,
+`KERAS_BACKEND=torch python -m benchmarks.fine_tuning FOLDER... --seeds 0 1` trains on each folder
 for about the same time: from scratch, from each preset, and timm's ViT of the size of `quick` from
-scratch (needs `pip install timm torch`; ours train on TensorFlow, which may not share a process with
-PyTorch). Finished runs are not repeated. The table goes to `benchmarks/results/fine_tuning.json`:
-accuracy on the test images after the last epoch.
+scratch (needs `pip install timm torch`; ours train on TensorFlow, which may not share a process
+with PyTorch). Finished runs are not repeated. The table goes to
+`benchmarks/results/fine_tuning.json`: accuracy on the test images after the last epoch.
 """
 
 import argparse

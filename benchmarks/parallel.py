@@ -202,7 +202,7 @@ def steps():
 def efficiencies():
     """The same batch on each device, however many there are."""
     hosts = [f"{count} hosts" for count in HOSTS]
-    rows = [("model", "images a device", "between hosts", "one board", *hosts)]
+    rows = [("model", "images a device", "between hosts", "one host", *hosts)]
     for model in MODELS:
         for images in model.per_device:
             for machine in MACHINES:

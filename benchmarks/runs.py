@@ -9,7 +9,7 @@ from keras_vit.files import write_json
 
 
 def in_processes(commands, folders, jobs):
-    """Runs commands that train, `jobs` at once and then each on a core of its own.
+    """Runs training commands, `jobs` at a time; with more than one, each is pinned to its own core.
 
     Args:
         commands: list of lists of words.

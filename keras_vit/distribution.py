@@ -13,9 +13,9 @@ import signal
 import keras
 import numpy as np
 
-# After so many seconds without a sign of life from one process, the others end.
+# Seconds without a heartbeat of a process after which the others end.
 HEARTBEAT = 30
-# So long a process waits for the others, to start and, once it has finished or saved, to end.
+# Seconds that a process waits for the others: to start, and to end after its last checkpoint.
 STARTING, ENDING = 300, 120
 # What is broadcast at once, in bytes.
 CHUNK = 2**27
@@ -63,7 +63,7 @@ def connect(kind):
             "--distribute hosts needs the same number of devices in every process. Received: "
             + ", ".join(f"{count} in process {index}" for index, count in enumerate(counts))
         )
-    # On one device, Keras's own way is as good, and a step less is said about it.
+    # One device needs no distribution.
     if len(found) > 1:
         names = [f"{device.platform}:{device.id}" for device in found]
         parallel = keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
@@ -188,7 +188,8 @@ def broadcast(content):
 
     content = content if is_first() else b""
     # JAX has no integers of 64 bits, unless asked for.
-    chunks, rest = broadcast_one_to_all(np.array(divmod(len(content), CHUNK), "int32"))
+    sizes = np.array(divmod(len(content), CHUNK), "int32")
+    chunks, rest = map(int, broadcast_one_to_all(sizes))
     received = []
     for start, size in [(i * CHUNK, CHUNK) for i in range(chunks)] + [(chunks * CHUNK, rest)]:
         chunk = np.zeros(size, "uint8")

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import sys
 
 try:
@@ -40,7 +41,8 @@ def atomic_write(path):
     Yields:
         `Path` of the temporary file to write to, with the same suffix.
     """
-    temporary = path.with_name(PARTS.replace("*", f"{os.getpid()}-{path.name}"))
+    # No process number: containers that share a disk may have the same one.
+    temporary = path.with_name(PARTS.replace("*", f"{secrets.token_hex(8)}-{path.name}"))
     try:
         yield temporary
         with open(temporary, "rb+") as file:
@@ -131,7 +133,7 @@ def _is_ignored(path):
 
 
 def write_json(path, content):
-    """Writes a dictionary as indented JSON."""
+    """Writes a dictionary or a list as indented JSON."""
     with atomic_write(path) as part:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         # File names may be arbitrary bytes.

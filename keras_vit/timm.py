@@ -15,9 +15,12 @@ from keras import ops
 from keras_vit.files import atomic_write
 from keras_vit.loading import ModelError
 from keras_vit.model import VisionTransformer
+from keras_vit.transfer import check_not_quantized
 
 # Head counts of timm's own architectures, whose names start with these.
 HEADS = {"vit_tiny": 3, "vit_small": 6, "vit_base": 12, "vit_large": 16, "vit_huge": 16}
+# What timm calls what the head reads.
+POOLS = {"token": "token", "mean": "avg"}
 SHOWN = 5  # Most tensors that an error lists.
 
 
@@ -32,14 +35,20 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
     Args:
         model: a `VisionTransformer`. Its augmentation is left out.
         path: `Path` of the file.
+
+    Raises:
+        ValueError: if the model is quantized.
     """
     from safetensors.numpy import save_file
 
+    check_not_quantized(model)
     config = model.get_config()
     height, width, channels = config["image_shape"]
     normalization = model.get_layer("normalization")
     mean, scale = map(ops.convert_to_numpy, (normalization.mean, normalization.scale))
-    is_mean = model.pooling == "mean"
+    ratio = config["mlp_dim"] / config["embed_dim"]
+    if int(config["embed_dim"] * ratio) != config["mlp_dim"]:  # As timm has it.
+        ratio = math.nextafter(ratio, math.inf)
     facts = {
         "arguments": {
             "img_size": [height, width],
@@ -49,9 +58,9 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
             "embed_dim": config["embed_dim"],
             "depth": config["depth"],
             "num_heads": config["num_heads"],
-            "mlp_ratio": config["mlp_dim"] / config["embed_dim"],
-            "class_token": not is_mean,
-            "global_pool": "avg" if is_mean else "token",
+            "mlp_ratio": ratio,
+            "class_token": model.pooling == "token",
+            "global_pool": POOLS[model.pooling],
             "fc_norm": False,
         },
         "mean": (mean / 255).tolist(),
@@ -126,8 +135,19 @@ def read_timm(path: str | os.PathLike[str]) -> VisionTransformer:
             f"{path} has another architecture than this package's VisionTransformer: "
             f"{'; '.join(shown + rest)}"
         )
-    _from_timm(model, tensors)
     mean, std = (255 * np.asarray(facts[name], "float32") for name in ("mean", "std"))
+    if mean.shape != (channels,) or std.shape != (channels,):
+        raise ModelError(
+            f"{path} takes images of {channels} channels, but what describes it has "
+            f"mean={facts['mean']} and std={facts['std']}"
+        )
+    if (pooled := facts.get("global_pool")) not in (None, POOLS[pooling]):
+        raise ModelError(
+            f"{path} has another architecture than this package's VisionTransformer: its head "
+            f"reads global_pool={pooled!r}, expected {POOLS[pooling]!r} with its class token"
+            + ("" if pooling == "token" else " left out")
+        )
+    _from_timm(model, tensors)
     model.get_layer("normalization").set_weights([mean, std**2, np.zeros(())])
     return model
 
@@ -170,6 +190,7 @@ def _facts_of_timm(path):
         raise ValueError(f"architecture {config['architecture']!r} is not known")
     return {
         "num_heads": heads,
+        "global_pool": arguments.get("global_pool", config.get("global_pool")),
         "mean": preprocessing["mean"],
         "std": preprocessing["std"],
         "class_names": config.get("label_names"),

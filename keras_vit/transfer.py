@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_vit.layers import RandomResizedCrop
+from keras_vit.model import layers_in_inference
 
 
 def adapted(
@@ -73,9 +74,23 @@ def copy_weights(source, target, head=True):
         source: a `VisionTransformer`.
         target: another one, perhaps with other images or classes.
         head: bool, whether the head is copied; else it becomes zero.
+
+    Raises:
+        ValueError: if the target lacks a layer that changes images in inference, or if the source
+            is quantized and the target is not in the same way.
     """
-    grids = grid(source), grid(target)
+    if not (head and quantization(source) == quantization(target)):
+        check_not_quantized(source)
     layers = {layer.name: layer for layer in target.layers}
+    missing = [x for x in source.augmentation if x.name not in layers]
+    if any(not isinstance(x, RandomResizedCrop) for x in missing):
+        acting = [x.name for x in layers_in_inference(source) if x in missing]
+        if acting:
+            raise ValueError(
+                "Expected augmentation layers that leave images as they are in inference: the "
+                f"weights depend on those that do not. Received: {', '.join(acting)}"
+            )
+    grids = grid(source), grid(target)
     for layer in source.layers:
         if layer.name not in layers:  # Of an augmentation that the target does without.
             continue
@@ -88,6 +103,21 @@ def copy_weights(source, target, head=True):
             if layer.name == "position_embedding":
                 value = resampled_positions(value, *grids)
             new.assign(value)
+
+
+def quantization(model):
+    """The quantization modes of a model's layers, by name."""
+    modes = {layer.name: getattr(layer, "quantization_mode", None) for layer in model.layers}
+    return {name: mode for name, mode in modes.items() if mode}
+
+
+def check_not_quantized(model):
+    """Raises a `ValueError` for a quantized model."""
+    for name, mode in quantization(model).items():
+        raise ValueError(
+            f"Expected a model that is not quantized. Received: layer {name!r} with "
+            f"quantization_mode={mode!r}"
+        )
 
 
 def _saved(layer):

@@ -28,7 +28,7 @@ def explaining_failed_writes(folder):
 def failed_write(error, folder):
     """What an `OSError` means, in one line that names the file, or else the folder."""
     path = str(error.filename or folder)
-    path = re.sub(r"\.part-\d+-([^/\\]+)$", r"\1", path)  # Of an atomic write.
+    path = re.sub(r"\.part-[0-9a-f]+-([^/\\]+)$", r"\1", path)  # Of an atomic write.
     reason = error.strerror or str(error)
     reason = reason[:1].lower() + reason[1:]
     if isinstance(error, FileNotFoundError):

@@ -89,7 +89,7 @@ def measure(model, dataset, history=None):
     labels, names = dataset.test_labels, dataset.class_names
     measured = {
         **metrics.classification_metrics(probabilities, labels, names),
-        "parameters": sum(math.prod(weight.shape) for weight in model.trainable_weights),
+        "parameters": sum(math.prod(weight.shape) for weight in parameters(model)),
         **(metrics.training_metrics(history, len(dataset.train_images)) if history else {}),
         **metrics.environment(),
     }
@@ -115,6 +115,12 @@ def show(measured, dataset):
             f"accuracy {probe['linear']:.2%} and {probe['neighbours']} nearest neighbours "
             f"{probe['nearest_neighbours']:.2%} on {probe['test_images']:,} test images"
         )
+
+
+def parameters(model):
+    """The weights that training changes, frozen ones included."""
+    layers = (x for x in model.layers if not isinstance(x, keras.layers.Normalization))
+    return [weight for layer in layers for weight in layer.weights]
 
 
 def load_to_probe(model, options):

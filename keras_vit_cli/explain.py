@@ -1,4 +1,4 @@
-"""`explain`: where a model looks, as Attention Rollout, and what speaks for a class."""
+"""`explain`: where a model looks, as Attention Rollout, and the evidence for a class."""
 
 import pathlib
 

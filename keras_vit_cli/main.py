@@ -126,7 +126,7 @@ def parse(arguments):
     evaluate = add("evaluate", "measure a model on images that it was not trained on")
     predict = add("predict", "name the likeliest classes of images")
     explain = add(
-        "explain", "draw where a model looks, as Attention Rollout, and what speaks for a class"
+        "explain", "draw where a model looks, as Attention Rollout, and the evidence for a class"
     )
     features = add("features", "write what a model's head reads of images, one row each")
     export = add("export", "write a model for another runtime, and compare it there")
@@ -184,7 +184,7 @@ def parse(arguments):
         metavar="CLASS",
         action="append",
         default=[],
-        help="draw what speaks for this class as well; may be repeated",
+        help="also draw the evidence for this class; may be repeated",
     )
     explain.add_argument("--html", action="store_true", help="the attention explorer as well")
     explain.add_argument(

@@ -74,9 +74,7 @@ class Recipe:
         "what the head reads: a class token, or the mean of the patches' tokens",
         choices=("token", "mean"),
     )
-    freeze: int = option(
-        0, "keep the embeddings and so many of the first blocks as they are", low=0
-    )
+    freeze: int = option(0, "freeze the embeddings and the first N blocks", low=0)
     dropout: float = option(0.2, "rate of every dropout", low=0, below=1)
     stochastic_depth: float = option(
         0.0, "drop path rate of the last block; lower before it", low=0, below=1
@@ -114,7 +112,7 @@ class Recipe:
         None, "make every class count the same in the loss, or not", choices=("balanced",)
     )
     early_stopping: int | None = option(
-        None, "stop after so many epochs without a better validation accuracy", low=1
+        None, "stop after N epochs without a better validation accuracy", low=1
     )
 
     @property
@@ -137,7 +135,7 @@ class Recipe:
         if self.images_seen:
             return max(1, round(self.images_seen / images)), f"{self.images_seen:,} images seen"
         if self.cpu_epochs and not has_gpu:
-            return self.cpu_epochs, f"no GPU found, with one {self.epochs}"
+            return self.cpu_epochs, f"no GPU found; {self.epochs} with one"
         return self.epochs, None
 
 

@@ -56,7 +56,7 @@ class Settings:
         "middle, or padded with black",
         choices=("squash", "crop", "pad"),
     )
-    limit_train: int | None = option(None, "train on at most so many images", low=1)
+    limit_train: int | None = option(None, "train on at most N images", low=1)
     validation: int = option(0, "training images held out to validate on after each epoch", low=0)
     recipe: str | None = option(
         None,
@@ -71,7 +71,7 @@ class Settings:
     )
     extend: int | None = option(
         None,
-        "train the finished run of --init-from for so many more epochs: its settings, optimizer "
+        "train the finished run of --init-from for N more epochs: its settings, optimizer "
         "state and weights, with a new warm-up and cosine",
         low=1,
     )
@@ -177,6 +177,10 @@ def parse(arguments=None, prog="train.py"):
     if named.get("config") == "":
         raise CommandError("--config must not be empty")
     from_file = {}
+    if "config" in named and "extend" in named:
+        raise CommandError(
+            f"--extend {named['extend']} takes its settings from --init-from: leave out --config"
+        )
     if "config" in named:
         from_file = read_config(os.path.expanduser(str(named.pop("config"))))
         if "recipe" in named:  # The settings of the file's own recipe give way to it.
@@ -203,10 +207,8 @@ def settings_to_extend(run, epochs):
             f"--extend {epochs} needs the directory of a finished run, as --init-from "
             f"runs/cifar10-strong-seed0, not {run!r}"
         )
-    parent = read_config(config)
-    # Its own places and origin, and its small images, are not those of the new run.
-    for name in ("output", "figures_dir", "image_scales", "image_scale_milestones"):
-        parent.pop(name, None)
+    parent = read_config(config, "--init-from")
+    parent.pop("figures_dir", None)  # The new run draws into a folder of its own.
     return {
         **parent,
         "output": f"{run.rstrip('/')}-extended",
@@ -260,6 +262,10 @@ def resolve(named):
             f"--recipe {recipe} needs --init-from: a preset such as cifar10-quick, a .keras file, "
             "or a run directory"
         )
+    if training.freeze and not named.get("init_from"):
+        raise CommandError(
+            f"--freeze {training.freeze} needs --init-from: random weights must be trained"
+        )
     if named.get("extend") and not named.get("init_from"):
         raise CommandError(f"--extend {named['extend']} needs --init-from RUN")
     if named.get("image_size") and not named.get("init_from"):
@@ -295,20 +301,28 @@ def check_patches(patch, sides, other_sizes=None):
     )
 
 
-def read_config(path):
-    """Settings out of a `config.json`, each of a known name and the right type."""
+def read_config(path, flag="--config"):
+    """Settings out of a `config.json`, each of a known name and the right type.
+
+    Args:
+        path: string or `Path` of the file.
+        flag: string, the option that an error names.
+
+    Raises:
+        CommandError: if the file cannot be read, or holds something else.
+    """
     try:
         settings = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise CommandError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise CommandError(f"{flag} {path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"--config {path} is not JSON: {error}") from error
+        raise CommandError(f"{flag} {path} is not JSON: {error}") from error
     if not isinstance(settings, dict):
-        raise CommandError(f"--config {path} must hold an object, but holds {settings!r:.40}")
+        raise CommandError(f"{flag} {path} must hold an object, but holds {settings!r:.40}")
     settings = current_names(settings)
     for name, value in settings.items():
         if name not in OPTIONS:
-            raise CommandError(f"--config {path} has an unknown setting {name!r}")
+            raise CommandError(f"{flag} {path} has an unknown setting {name!r}")
         field, kind = OPTIONS[name], _kind(OPTIONS[name])
         if kind is tuple and isinstance(value, list):
             numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
@@ -317,7 +331,7 @@ def read_config(path):
             settings[name] = float(value) if abs(value) < sys.float_info.max else math.inf
         if type(settings[name]) is not kind and not (value is None and field.default is None):
             raise CommandError(
-                f"--config {path} has {name} = {value!r:.40}, expected a value of type "
+                f"{flag} {path} has {name} = {value!r:.40}, expected a value of type "
                 f"{kind.__name__}"
             )
     return settings
@@ -436,5 +450,5 @@ def _check_together(name, recipe):
         raise CommandError(f"--warmup {recipe.warmup} needs --schedule cosine")
     if recipe.mixup + recipe.cutmix > 1:
         raise CommandError(
-            f"--mixup {recipe.mixup} and --cutmix {recipe.cutmix} must be 1 at most together"
+            f"--mixup {recipe.mixup} and --cutmix {recipe.cutmix} must add up to at most 1"
         )

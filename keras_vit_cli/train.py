@@ -24,6 +24,7 @@ from keras_vit.training.journal import duration
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, Stopped, explaining_failed_writes
 from keras_vit_cli.evaluate import measure, show
+from keras_vit_cli.recipes import DEFAULT_RECIPE, RECIPES
 from keras_vit_cli.report import MOVED_DATA, draw, write_pages
 from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
 from keras_vit_cli.settings import check_patches, resolve
@@ -131,7 +132,7 @@ def _run(settings, figures_dir):
 
 @contextlib.contextmanager
 def together():
-    """Ends with a `CommandError` in all processes what one of them raises one in."""
+    """Context that all processes enter: if one of them fails, all end with a `CommandError`."""
     try:
         with distribution.together():
             yield
@@ -155,6 +156,7 @@ def prepare(settings, figures_dir):
     settings, dataset = load(with_architecture_of(settings, pretrained))
     settings = with_architecture_of(settings, pretrained)  # Of the digits, if `load` took those.
     check_channels(settings, pretrained, dataset)
+    dataset = without_images_of(pretrained, dataset, settings.init_from)
     check_folders(settings, figures_dir)
     check_patches(settings.training.patch_size, dataset.image_shape[:2])
     check_validation(settings.validation, dataset)
@@ -171,6 +173,23 @@ def prepare(settings, figures_dir):
             "on: add --validation N"
         )
     return with_epochs(settings, len(dataset.train_images)), pretrained, dataset, validation
+
+
+def without_images_of(pretrained, dataset, name):
+    """The data without test images that a pretrained model was trained on."""
+    if pretrained is None:
+        return dataset
+    new = dataset.without(pretrained.seen)
+    known = len(dataset.test_labels) - len(new.test_labels)
+    if not len(new.test_labels):
+        raise CommandError(
+            f"--init-from {name} was trained on all test images of {dataset.name}: choose others, "
+            "or other weights"
+        )
+    if known:
+        images = f"{known:,} test images" if known > 1 else "1 test image"
+        warn(f"left out {images} that {name} was trained on")
+    return new
 
 
 def check_folders(settings, figures_dir):
@@ -310,21 +329,30 @@ def announce(settings, dataset, validation, run_dir):
         part = settings.training.batch_size // count
         print(f"Distributed over {distribution.topology()}: {part} images of a batch on each.")
         if rest := images % count:
+            skipped = f"{rest} images" if rest > 1 else "1 image"
             print(
-                f"Each epoch leaves out {rest} images, other ones each time: {images:,} are no "
-                f"multiple of {count}."
+                f"Each epoch skips {skipped}, chosen anew each time: {images:,} is not a multiple "
+                f"of {count}."
             )
     if settings.training.class_weights is None:
         announce_imbalance(dataset)
     if devices.accelerators() or run_dir.has_checkpoint:
         return
-    recipe = settings.training
-    work = images * sum(training.costs_of_epochs(recipe, dataset.image_shape))
+    work = operations_of(settings.training, dataset)
     seconds = work / (EFFICIENCY * devices.operations_per_second(settings.precision))
     shorter = ""
-    if "recipe" not in settings.named and seconds > 15 * 60:
-        shorter = "; `--recipe quick` takes a fraction of that"
+    if settings.recipe == DEFAULT_RECIPE and seconds > 15 * 60:
+        quick = RECIPES["quick"]
+        epochs, _ = quick.epochs_for(images, has_gpu=False)
+        if operations_of(dataclasses.replace(quick, epochs=epochs), dataset) < work / 2:
+            shorter = "; `--recipe quick` takes a fraction of that"
     print(f"This will take about {duration(seconds)}{shorter}.", flush=True)
+
+
+def operations_of(recipe, dataset):
+    """Floating-point operations of a whole run."""
+    costs = training.costs_of_epochs(recipe, dataset.image_shape)
+    return len(dataset.train_images) * sum(costs)
 
 
 def announce_imbalance(dataset):
@@ -366,6 +394,11 @@ def explained(error, settings):
     """What ended a training as a `CommandError`; None if one line cannot explain it."""
     if isinstance(error, training.Diverged):
         return CommandError(f"{error} (and --overwrite)", status=3)
+    if isinstance(error, training.CannotExtend):
+        return CommandError(
+            f"{error}: --extend needs the optimizer and the architecture of the run that it "
+            "continues"
+        )
     if isinstance(error, (training.DifferentData, training.DifferentVariables)):
         return CommandError(
             f"{error}: choose another folder with --output, or start over with --overwrite"

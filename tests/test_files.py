@@ -20,6 +20,16 @@ def test_a_file_is_replaced_only_when_the_new_one_is_complete(tmp_path):
     assert os.listdir(tmp_path) == ["metrics.json"]
 
 
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    """As in two containers on a shared disk, whose processes have the same number."""
+    target = tmp_path / "array.npy"
+    with atomic_write(target) as first, atomic_write(target) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert target.read_text() == "first"
+    assert os.listdir(tmp_path) == ["array.npy"]
+
+
 def test_a_failed_write_leaves_the_old_file_unchanged(tmp_path):
     target = tmp_path / "metrics.json"
     target.write_text("before")

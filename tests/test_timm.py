@@ -90,6 +90,30 @@ def test_timms_config_tells_heads_and_normalization(model, path):
         read_timm(path)
 
 
+def test_what_describes_a_file_must_agree_with_it(model, path):
+    facts = facts_of(path)
+    save_file(load_file(path), path)
+    config = {"architecture": "vit_own", "pretrained_cfg": {x: facts[x] for x in ("mean", "std")}}
+    arguments = {"num_heads": 2, "global_pool": "avg" if model.pooling == "token" else "token"}
+    write = path.with_name("config.json").write_text
+    write(json.dumps({**config, "model_args": arguments}))
+    with pytest.raises(ModelError, match="reads global_pool="):
+        read_timm(path)
+    grey = {"mean": [0.5], "std": [0.5]}
+    write(json.dumps({**config, "model_args": {"num_heads": 2}, "pretrained_cfg": grey}))
+    with pytest.raises(ModelError, match=r"of 3 channels, but .* mean=\[0.5\]"):
+        read_timm(path)
+
+
+@pytest.mark.parametrize(("embed_dim", "mlp_dim"), [(88, 480), (112, 1952), (16, 40)])
+def test_timm_computes_the_same_width_of_the_mlp(embed_dim, mlp_dim, tmp_path):
+    model = make_model(embed_dim=embed_dim, mlp_dim=mlp_dim, num_heads=2, depth=1)
+    write_timm(model, tmp_path / "model.safetensors")
+    ratio = facts_of(tmp_path / "model.safetensors")["arguments"]["mlp_ratio"]
+    assert int(embed_dim * ratio) == mlp_dim
+    assert read_timm(tmp_path / "model.safetensors").get_config()["mlp_dim"] == mlp_dim
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

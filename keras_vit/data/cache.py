@@ -2,8 +2,8 @@
 
 All images are decoded once, on all cores, into one file; an array of more than 2 GiB is
 memory-mapped. When images of a folder change, the new array takes the place of the old one. Arrays
-that were not used for the longest time are removed. Of images that would not fit into the cache,
-only which can be read is kept there.
+that were not used for the longest time are removed. For images that do not fit into the cache,
+only the list of unreadable files is kept.
 """
 
 import concurrent.futures
@@ -125,16 +125,16 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     `StreamedImages`.
     """
     listed = [(file.path, file.digest) for file in files]
-    content = json.dumps([VERSION, size or multiple_of, resize, listed])
     paths = [folder / file.path for file in files]
     with _cache() as place:
+        size = size or _usual_size(paths, listed, multiple_of, place)
+        content = json.dumps([VERSION, size, resize, listed])
         key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size, resize))
         # A folder that was moved or copied finds its images under their content.
         array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
         errors = array.with_suffix(".json")
         is_decoded = array.exists() and errors.exists()
-        side = size if is_decoded else size or common_size(paths, multiple_of)
-        reason = None if is_decoded else _too_large((len(files), *side, 3), place)
+        reason = None if is_decoded else _too_large((len(files), *size, 3), place)
         if reason:
             print(f"{reason}: they are read as they are needed")
         if not (is_decoded or reason and errors.exists()):
@@ -143,10 +143,10 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
                     part.unlink()
             if reason:
                 print(f"Checking {len(files):,} images, once: unreadable ones are left out")
-                unreadable = _read_all(paths, side, resize)
+                unreadable = _read_all(paths, size, resize)
             else:
                 with atomic_write(array) as part:
-                    unreadable = _decode(paths, side, resize, part, place)
+                    unreadable = _decode(paths, size, resize, part, place)
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
@@ -156,11 +156,20 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
         if reason:
             readable = [y for x, y in zip(files, paths) if x.path not in unreadable]
-            return _streamed(readable, side, resize), unreadable
+            return _streamed(readable, size, resize), unreadable
         images = np.load(array, mmap_mode="r")
         _remove_oldest(place, array)
         images = images[: len(files) - len(unreadable)]
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
+
+
+def _usual_size(paths, listed, multiple_of, place):
+    """`common_size`, which opens every file, from the cache for files that have not changed."""
+    content = json.dumps([VERSION, multiple_of, listed])
+    known = place / f"{_digest_of_text(content)}-size.json"
+    if not known.exists():
+        write_json(known, common_size(paths, multiple_of))
+    return tuple(json.loads(known.read_text(encoding="utf-8")))
 
 
 def stored(identity, shape, parts):

@@ -8,6 +8,7 @@ from collections.abc import Collection
 import numpy as np
 
 from keras_vit.data.folders import (
+    COPY,
     TEST,
     TEST_FRACTION,
     TRAIN,
@@ -151,7 +152,26 @@ class Dataset:
         received = f"validation={count}"
         count = len(self.train_labels) - count
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
-        return kept, (subset(self.train_images, held_out), self.train_labels[held_out])
+        pair = subset(self.train_images, held_out), self.train_labels[held_out]
+        return kept._without_copies_of_validation(), pair
+
+    def _without_copies_of_validation(self):
+        """The same data without training images whose content is held out, too."""
+        if self.manifest is None:
+            return self
+        held_out = {x.digest for x in self.manifest if x.split == VALIDATION}
+        files = [
+            dataclasses.replace(x, split=COPY) if x.split == TRAIN and x.digest in held_out else x
+            for x in self.manifest
+        ]
+        pairs = zip(self.manifest, files, strict=True)
+        kept = np.array([new is old for old, new in pairs if old.split == TRAIN])
+        if all(kept):
+            return self
+        images, labels = subset(self.train_images, kept), self.train_labels[kept]
+        return dataclasses.replace(
+            self, train_images=images, train_labels=labels, manifest=tuple(files)
+        )
 
     def _split_train(self, count, seed, received, split):
         total, classes = len(self.train_labels), len(self.class_names)

@@ -199,6 +199,11 @@ def _parts(folder):
     # A class may be called "train", too: its images lie in that folder itself.
     labelled = [split for split, path in tops if split and _sub_folders(path)]
     if TRAIN not in labelled and (not tops or len(labelled) < len(tops)):
+        if len(tops) > 1 and all(split for split, _ in tops):
+            raise ImageError(
+                f"{folder} has only folders of splits, {', '.join(x.name for _, x in tops)}, and "
+                "no sub-folder of training images per class: expected train/<class>/image"
+            )
         return {TRAIN: folder}
     parts = {}
     for split, path in tops:

@@ -210,7 +210,7 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
 
 
 def draw_class_maps(model, images, classes, titles, path, source=None, language="en"):
-    """What speaks for a class in each image, beside Attention Rollout, which knows no classes.
+    """The evidence for a class in each image, beside Attention Rollout, which knows no classes.
 
     Args:
         model: a `VisionTransformer`.

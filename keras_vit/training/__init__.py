@@ -6,7 +6,7 @@ A recipe is any object with the fields of `keras_vit_cli.recipes.Recipe`.
 from keras_vit.training.checkpoints import FOLDER as CHECKPOINTS
 from keras_vit.training.checkpoints import NAMES as CHECKPOINT_NAMES
 from keras_vit.training.checkpoints import NOTE as CHECKPOINT_NOTE
-from keras_vit.training.checkpoints import DifferentVariables
+from keras_vit.training.checkpoints import CannotExtend, DifferentVariables
 from keras_vit.training.fitting import build_model, compile_model, fit
 from keras_vit.training.flops import costs_of_epochs, operations
 from keras_vit.training.journal import (
@@ -32,6 +32,7 @@ __all__ = [
     "Interrupted",
     "Muon",
     "DifferentData",
+    "CannotExtend",
     "DifferentVariables",
     "build_model",
     "compile_model",

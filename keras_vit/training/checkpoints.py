@@ -37,6 +37,10 @@ class DifferentVariables(Exception):
     """A checkpoint does not have the variables of the model, or lacks their names."""
 
 
+class CannotExtend(DifferentVariables):
+    """The model of a finished run lacks variables of the one that is to continue it."""
+
+
 class NotOnFirst(distribution.DistributionError):
     """The first of several processes lacks the checkpoints of the run."""
 
@@ -176,10 +180,10 @@ def extend(parent, model):
         model: a compiled model of the same architecture and optimizer, which is changed.
 
     Raises:
-        DifferentVariables: if the parent has no optimizer, or lacks a variable of the model.
+        CannotExtend: if the parent has no optimizer, or lacks a variable of the model.
     """
     if getattr(parent, "optimizer", None) is None:
-        raise DifferentVariables("the model to extend was saved without its optimizer")
+        raise CannotExtend("the model to extend was saved without its optimizer")
     arrays = copy_of_state(parent)
     restarted = {"iteration", "learning_rate", "seed_generator_state"}
     metrics = {id(x) for x in model.metrics_variables}
@@ -191,7 +195,7 @@ def extend(parent, model):
     in_model = {name: _kind(x.shape, x.dtype) for name, x in state.items()}
     in_parent = {name: _kind(x.shape, x.dtype.name) for name, x in arrays.items() if name in state}
     if differences := _differences(in_parent, in_model):
-        raise DifferentVariables(f"the variables of the model to extend differ: {differences}")
+        raise CannotExtend(f"the variables of the model to extend differ: {differences}")
     for name, variable in state.items():
         variable.assign(arrays[name])
 

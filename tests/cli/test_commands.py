@@ -21,7 +21,8 @@ from keras_vit.data import folders
 from keras_vit.data.dataset import SHORT
 from keras_vit.files import visible
 from keras_vit.reporting import figures
-from keras_vit_cli import inputs, main, predict, settings
+from keras_vit_cli import inputs, main, predict, settings, train
+from keras_vit_cli.errors import CommandError
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +64,27 @@ def test_a_run_starts_from_the_weights_of_another_one(place, model, capsys, monk
         pairs = zip(tuned.get_layer(name).get_weights(), model.get_layer(name).get_weights())
         assert all(np.array_equal(*pair) for pair in pairs)
     assert not np.array_equal(*(x.get_layer("norm").get_weights()[1] for x in (tuned, model)))
+
+
+def test_images_that_the_weights_were_trained_on_are_not_tested_on(
+    place, model, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in CLASSES:  # The split depends on the names.
+        shutil.copytree(place / "images" / name, tmp_path / "set" / f"{name} 2")
+    dataset = data.load_dataset(str(tmp_path / "set"))
+    tested = [x.digest[:SHORT] in model.seen for x in dataset.manifest if x.split == "test"]
+    assert any(tested) and not all(tested)
+    left = train.without_images_of(model, dataset, "runs/x")
+    np.testing.assert_array_equal(left.test_images, dataset.test_images[~np.array(tested)])
+    expected = f"WARNING: left out {sum(tested)} test image"
+    assert expected in (error := capsys.readouterr().err) and "runs/x was trained on" in error
+    assert train.without_images_of(None, dataset, None) is dataset
+    monkeypatch.setattr(
+        model, "seen", model.seen + tuple(x.digest[:SHORT] for x in dataset.manifest)
+    )
+    with pytest.raises(CommandError, match="was trained on all test images of set: choose"):
+        train.without_images_of(model, dataset, "runs/x")
 
 
 def test_a_finished_run_is_trained_for_longer_with_its_own_settings(place):

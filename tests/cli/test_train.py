@@ -200,7 +200,7 @@ def test_a_plain_run_is_the_assignment_on_every_machine(
     config = json.loads((tmp_path / "runs/cifar10-baseline-seed0/config.json").read_text())
     assert (config["recipe"], config["epochs"]) == ("baseline", epochs)
     output = capsys.readouterr().out
-    assert ("no GPU found, with one 160" in output) == (not has_gpu)
+    assert ("no GPU found; 160 with one" in output) == (not has_gpu)
     assert ("This will take about " in output) == (not has_gpu)
 
 

@@ -309,6 +309,20 @@ def test_copies_of_test_images_are_removed_from_the_training_set(tmp_path, capsy
     assert "left out 1 copy of test or validation images: " in capsys.readouterr().err
 
 
+def test_copies_of_held_out_images_are_not_trained_on(tmp_path):
+    folder = fill(tmp_path / "set" / "train", ["a", "b"], 10, size=(8, 8)).parent
+    for path in list(folder.rglob("*.png")):
+        shutil.copy(path, path.with_name(f"copy-{path.name}"))
+    fill(folder / "test", ["a", "b"], 2, size=(7, 8))
+    dataset, (images, _) = load_dataset(str(folder), image_size=(8, 8)).hold_out(8, seed=0)
+    contents = [{x.tobytes() for x in some} for some in (dataset.train_images, images)]
+    assert len(images) == 8 and not contents[0] & contents[1]
+    assert len(dataset.train_images) == len(dataset.train_labels) < 32
+    files = [x for x in dataset.manifest if x.split == "train"]
+    expected = [read_image(folder / x.path, (8, 8)) for x in files]
+    np.testing.assert_array_equal(dataset.train_images, expected)
+
+
 def test_a_folder_can_have_a_validation_set(tmp_path):
     for count, name in ((3, "train"), (2, "val"), (1, "test")):
         fill(tmp_path / "set" / name, ["b"], 1, size=(count, 8))
@@ -450,6 +464,16 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     third = load_dataset(str(folder))
     both = [np.concatenate([x.train_images, x.test_images]) for x in (first, third)]
     assert sum(not (image == both[0]).all(axis=(1, 2, 3)).any() for image in both[1]) == 1
+
+
+def test_the_usual_size_and_the_same_one_named_share_an_array(tmp_path, monkeypatch):
+    folder = fill(tmp_path / "set", ["a", "b"], 5)
+    usual = load_dataset(str(folder), multiple_of=2)
+    monkeypatch.setattr(image_cache, "_decode", None)
+    monkeypatch.setattr(image_cache, "common_size", None)
+    named = load_dataset(str(folder), image_size=usual.image_shape[:2])
+    np.testing.assert_array_equal(named.train_images, usual.train_images)
+    assert load_dataset(str(folder), multiple_of=2).image_shape == usual.image_shape
 
 
 def test_a_repaired_file_is_read_again(tmp_path):
@@ -608,6 +632,11 @@ BROKEN = {
         fill(root / "train", ["a", "b"], 3),
         fill(root / "test", ["a", "b"], 3),
         fill(root / "testing", ["a", "b"], 3),
+    ),
+    "has only folders of splits, test, train, and": lambda root: fill(root, ["train", "test"], 5),
+    "has only folders of splits, test, train, val, and": lambda root: (
+        fill(root, ["train", "val"], 5),
+        fill(root / "test", ["a", "b"], 3),
     ),
     "no images in sub-folders": lambda root: empty(root),
     "images of one class only, 'a'": lambda root: fill(root, ["a"], 5),

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from test_training import colours, small_model, small_recipe
 
-from keras_vit.training import DifferentVariables, build_model, compile_model, fit, fitting
+from keras_vit import VisionTransformer
+from keras_vit.training import CannotExtend, build_model, compile_model, fit, fitting
 from keras_vit.training.checkpoints import copy_of_state, extend
 from keras_vit.training.journal import Interrupted, Journal
+from keras_vit.transfer import adapted
 
 RECIPE = small_recipe(epochs=2, depth=2, dropout=0.2, schedule="cosine")
 
@@ -56,6 +58,21 @@ def test_frozen_blocks_and_embeddings_stay_as_they_are(parent):
     assert_equal(weights_of(model, *trained), weights_of(parent, *trained), equal=False)
     with pytest.raises(ValueError, match="freeze=3"):
         build_model(dataset, dataclasses.replace(RECIPE, freeze=3))
+
+
+def test_what_would_be_lost_is_refused(parent):
+    """Layers that the normalization depends on, and the scales of quantized kernels."""
+    dataset = colours()
+    doubled = keras.layers.Rescaling(2.0, name="doubled")
+    model = VisionTransformer(**{**parent.get_config(), "augmentation": [doubled]})
+    with pytest.raises(ValueError, match="Received: doubled"):
+        build_model(dataset, RECIPE, pretrained=model)
+    quantized = small_model(dataset, depth=2, dropout=0.2)
+    quantized.quantize("int8")
+    with pytest.raises(ValueError, match="Received: layer .* with quantization_mode='int8'"):
+        build_model(dataset, RECIPE, pretrained=quantized)
+    with pytest.raises(ValueError, match="Expected a model that is not quantized"):
+        adapted(quantized, class_names=["x", "y", "z"])
 
 
 @pytest.mark.slow
@@ -123,7 +140,7 @@ def test_an_extended_run_resumes_bit_for_bit(parent, tmp_path):
 def test_a_model_without_its_optimizer_cannot_be_extended(parent):
     model = build_model(colours(), RECIPE, pretrained=parent)
     compile_model(model, dataclasses.replace(RECIPE, optimizer="muon"))
-    with pytest.raises(DifferentVariables, match="missing in the"):
+    with pytest.raises(CannotExtend, match="missing in the"):
         extend(parent, model)
-    with pytest.raises(DifferentVariables, match="without its optimizer"):
+    with pytest.raises(CannotExtend, match="without its optimizer"):
         extend(type(parent).from_config(parent.get_config()), model)
