@@ -8,6 +8,7 @@ only the list of unreadable files is kept.
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -126,8 +127,10 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     """
     listed = [(file.path, file.digest) for file in files]
     paths = [folder / file.path for file in files]
+    if size is None:
+        compute = functools.partial(common_size, paths, multiple_of)
+        size = tuple(remembered(["size", multiple_of, listed], compute))
     with _cache() as place:
-        size = size or _usual_size(paths, listed, multiple_of, place)
         content = json.dumps([VERSION, size, resize, listed])
         key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size, resize))
         # A folder that was moved or copied finds its images under their content.
@@ -163,13 +166,18 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
 
 
-def _usual_size(paths, listed, multiple_of, place):
-    """`common_size`, which opens every file, from the cache for files that have not changed."""
-    content = json.dumps([VERSION, multiple_of, listed])
-    known = place / f"{_digest_of_text(content)}-size.json"
-    if not known.exists():
-        write_json(known, common_size(paths, multiple_of))
-    return tuple(json.loads(known.read_text(encoding="utf-8")))
+def remembered(identity, compute):
+    """What a function returns, from the cache, or written there.
+
+    Args:
+        identity: list, all that it depends on, as JSON.
+        compute: function without arguments that returns what JSON can hold, as lists.
+    """
+    with _cache() as place:
+        known = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}-known.json"
+        if not known.exists():
+            write_json(known, compute())
+        return json.loads(known.read_text(encoding="utf-8"))
 
 
 def stored(identity, shape, parts):
@@ -181,20 +189,15 @@ def stored(identity, shape, parts):
         parts: function that returns an iterator of pairs `(images, labels)` of arrays.
 
     Returns:
-        uint8 array and int64 array.
-
-    Raises:
-        ImageError: if the images do not fit into the cache.
+        uint8 array and int64 array; None if the images do not fit into the cache.
     """
     with _cache() as place:
         array = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}.npy"
         beside = array.with_suffix(".json")
         if not (array.exists() and beside.exists()):
             if reason := _too_large(shape, place):
-                raise ImageError(
-                    f"{reason}: choose a smaller --image-size, raise {LIMIT}, or save them in a "
-                    "folder with a sub-folder for each class, which may be of any size"
-                )
+                print(f"{reason}: they are read as they are needed")
+                return None
             print(f"Decoding {shape[0]:,} images, once, into {place}")
             labels, row = [], 0
             with atomic_write(array) as part:

@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from keras_vit.data import cache
+from keras_vit.data import cache, tfrecord
 from keras_vit.data.dataset import (
     NOT_MIRRORED,
     Dataset,
@@ -15,6 +15,7 @@ from keras_vit.data.dataset import (
     split_off_test,
 )
 from keras_vit.data.images import ImageError, first_line, nearest_multiple
+from keras_vit.data.streaming import StreamedImages
 
 # Side that images are resized to if they differ in size or have a side larger than LARGEST.
 RESIZED_SIDE, LARGEST = 64, 128
@@ -167,12 +168,67 @@ def _read_arrays(builder, split, size, resize):
     count = builder.info.splits[split].num_examples
     shape = (count, *first.shape)
     if math.prod(shape) > cache.IN_MEMORY:
-        files = [pathlib.Path(path) for path in builder.info.splits[split].filepaths]
-        stats = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+        files = [(name, path.stat()) for name, path in _shards(builder, split)]
+        stats = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
         identity = [builder.info.full_name, str(builder.data_dir), split, shape, resize, stats]
-        return cache.stored(identity, shape, images.batch(256).as_numpy_iterator)
+        stored = cache.stored(identity, shape, images.batch(256).as_numpy_iterator)
+        return stored or _streamed(builder, split, size, resize, shape, stats)
     arrays = images.batch(count).get_single_element()
     return tuple(np.asarray(array) for array in arrays)
+
+
+def _streamed(builder, split, size, resize, shape, stats):
+    """The images of a split, which are read from its records as they are needed, and all labels."""
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    info, paths = builder.info, dict(_shards(builder, split))
+    if info.file_format is not tfds.core.FileFormat.TFRECORD:
+        raise ImageError(
+            f"files of format {info.file_format.value} cannot be read as they are needed: choose a "
+            f"smaller --image-size, raise {cache.LIMIT}, or save the images in a folder with a "
+            "sub-folder for each class"
+        )
+    image_key, label_key = info.supervised_keys
+
+    def index():
+        """File and offset of each record, and its label, in the order of `as_dataset`."""
+        print(f"Listing {shape[0]:,} images of {builder.name}, once")
+        offsets = {name: tfrecord.offsets(path) for name, path in paths.items()}
+        examples = builder.as_dataset(
+            split=split,
+            decoders={image_key: tfds.decode.SkipDecoding()},
+            read_config=tfds.ReadConfig(add_tfds_id=True),
+        )
+        records, labels = [], []
+        for example in examples.as_numpy_iterator():
+            name, number = example["tfds_id"].decode().rsplit("__", 1)
+            records.append([name, offsets[name][int(number)]])
+            labels.append(int(example[label_key]))
+        return [records, labels]
+
+    identity = ["records", info.full_name, str(builder.data_dir), split, stats]
+    records, labels = cache.remembered(identity, index)
+
+    def read(row):
+        name, offset = records[row]
+        try:
+            example = info.features.deserialize_example(tfrecord.read(paths[name], offset))
+            image = example[image_key]
+            return (image if size is None else _fitted(image, size, resize)).numpy()
+        except OSError as error:
+            reason = first_line(error)
+        except (tf.errors.OpError, ValueError):  # Whose message is the record itself.
+            reason = f"its record at byte {offset:,} is damaged"
+        raise ImageError(f"{paths[name]} cannot be read any more: {reason}")
+
+    return StreamedImages(read, shape), np.array(labels, "int64")
+
+
+def _shards(builder, split):
+    """Names and paths of the files of a split."""
+    paths = map(pathlib.Path, builder.info.splits[split].filepaths)
+    return [(path.name, path) for path in paths]
 
 
 def _fitted(image, size, resize):

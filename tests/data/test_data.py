@@ -21,6 +21,7 @@ from keras_vit.data import (
 )
 from keras_vit.data import tfds as tfds_sets
 from keras_vit.data.dataset import digest
+from keras_vit.data.images import ImageError
 from keras_vit.data.tfds import RESIZED_SIDE
 
 on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
@@ -178,8 +179,38 @@ def test_a_large_set_of_tensorflow_datasets_is_memory_mapped_and_bounded(
         assert digest(mapped) == digest(whole)
     monkeypatch.setenv("KERAS_VIT_CACHE_GIB", "1e-5")
     assert load_dataset("keras_vit_large", tmp_path, 8).image_shape == (8, 8, 3)
-    with pytest.raises(DatasetError, match="300 images of 9x9.*choose a smaller --image-size"):
-        load_dataset("keras_vit_large", tmp_path, 9)
+
+
+@pytest.mark.parametrize(("size", "resize"), [(None, "squash"), (9, "squash"), (9, "pad")])
+def test_what_the_cache_cannot_hold_of_tensorflow_datasets_is_read_as_needed(
+    size, resize, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shape = (None, None, 3) if size else (12, 10, 3)
+    name = f"keras_vit_huge_{'fitted' if size else 'own'}_{resize}"
+    prepare(
+        tmp_path, name.title().replace("_", ""), {"train": [0, 1, 1] * 20, "test": [0, 1]}, shape
+    )
+    whole = load_dataset(name, tmp_path, size, resize)
+    monkeypatch.setattr("keras_vit.data.cache.IN_MEMORY", 100)
+    monkeypatch.setenv("KERAS_VIT_CACHE_GIB", "0")
+    capsys.readouterr()
+    for listed in (2, 0):  # Both splits, once.
+        read = load_dataset(name, tmp_path, size, resize)
+        output = capsys.readouterr().out
+        assert "than the cache's 0 GiB: they are read as they are needed" in output
+        assert output.count(f"images of {name}, once") == listed
+        for part in ("train", "test"):
+            images, expected = (getattr(x, f"{part}_images") for x in (read, whole))
+            assert isinstance(images, StreamedImages)
+            chosen = np.random.default_rng(0).permutation(len(images))
+            assert np.array_equal(images[chosen], expected[chosen])
+            assert np.array_equal(*(getattr(x, f"{part}_labels") for x in (read, whole)))
+        assert digest(read) == digest(whole)
+    for path in (tmp_path / name).rglob("*.tfrecord*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ImageError, match="tfrecord.* cannot be read any more: its record"):
+        read.train_images[:]
 
 
 def test_a_data_set_without_a_training_split_is_tested_on_and_not_trained_on(tmp_path):
