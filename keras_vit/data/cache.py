@@ -8,7 +8,6 @@ only the list of unreadable files is kept.
 
 import concurrent.futures
 import contextlib
-import functools
 import hashlib
 import json
 import math
@@ -128,8 +127,8 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     listed = [(file.path, file.digest) for file in files]
     paths = [folder / file.path for file in files]
     if size is None:
-        compute = functools.partial(common_size, paths, multiple_of)
-        size = tuple(remembered(["size", multiple_of, listed], compute))
+        identity = ["size", multiple_of, listed]
+        size = tuple(remembered(identity, lambda: common_size(paths, multiple_of)))
     with _cache() as place:
         content = json.dumps([VERSION, size, resize, listed])
         key, owner = _digest_of_text(content), _digest_of_text((folder.resolve(), size, resize))

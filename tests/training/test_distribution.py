@@ -436,7 +436,7 @@ def test_two_processes_end_up_with_equal_bits_whenever_they_train(pair, start, t
     first, *others = [result(folder, index) for folder in folders for index in range(2)]
     assert all(other == first for other in others)
     assert "Distributed over 2 devices of 2 processes: 4 images" in output(folders[0])
-    assert "Each epoch leaves out 1 images" in output(folders[0])
+    assert "Each epoch skips 1 image, chosen" in output(folders[0])
     assert "Epoch" not in output(folders[0], 1)
     assert (folders[0] / "run" / "report.html").exists()
 
