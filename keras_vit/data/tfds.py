@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import pathlib
+import typing
 
 import numpy as np
 
@@ -153,7 +154,7 @@ def _read_split(builder, split, size, resize):
         ) from error
 
 
-def _read_arrays(builder, split, size, resize):
+def _read_arrays(builder, split, size, resize) -> typing.Any:
     import tensorflow as tf
 
     images = builder.as_dataset(split=split, as_supervised=True)
