@@ -203,7 +203,7 @@ RECIPES = {
         description="For `--init-from`: pretrained weights learn other classes, such as a folder "
         "of photos, with Muon; the architecture is that of the weights.",
         result="In 15 epochs from `cifar10-strong`, two seeds: 75.3 ± 0.4 % on photos of clothing, "
-        "98.1 ± 0.2 % on sign language digits, 93.2 ± 1.0 % on weather, at 32x32 pixels: 3 to 13 "
+        "98.1 ± 0.2 % on sign language digits, 93.2 ± 1.0 % on weather, at 32x32 pixels: 3 to 14 "
         "minutes on one core of an AMD EPYC.",
         needs_weights=True,
         epochs=30,
