@@ -1,6 +1,7 @@
 """The published runs: kept in `results/`, shown in the README's table and in one picture.
 
-`python -m benchmarks.results` rebuilds both from `results/<recipe>/seed-<n>/`;
+`python -m benchmarks.results` rebuilds both from `results/<recipe>/seed-<n>/`, and
+`results/<recipe>-from-<preset>/seed-<n>/` for runs that start from pretrained weights;
 `python -m benchmarks.results --add RUN` first copies the metrics of a finished run directory.
 """
 
@@ -24,10 +25,7 @@ START, END = "<!-- python -m benchmarks.results -->", "<!-- end of results -->"
 # Where a run lay on somebody's disk is nobody's business.
 PLACES = ("data_dir", "figures_dir", "output")
 # Settings that the table's command need not repeat.
-IMPLIED = (
-    *(*PLACES, "backend", "dataset", "language"),
-    *("recipe", "save_every", "seed", "tensorboard"),
-)
+IMPLIED = (*PLACES, "dataset", "language", "recipe", "save_every", "seed", "tensorboard")
 COLUMNS = (
     *("recipe", "parameters", "epochs", "FLOP", "test accuracy", "flip-averaged", "corrupted"),
     *("calibration error", "minutes", "on", "command"),
@@ -77,10 +75,10 @@ def add(run_dir):
         raise ValueError(f"the table is about cifar10, not {metrics['dataset']}")
     if "corruptions" in run and run["corruptions"]["clean"] != metrics["accuracy"]:
         raise ValueError("its corruptions.json is about another model: measure it again")
-    folder = RESULTS / config["recipe"] / f"seed-{config['seed']}"
+    folder = RESULTS / group_of(config) / f"seed-{config['seed']}"
     others = [run_of(path) for path in folder.parent.glob("seed-*") if path != folder]
     # Raises what a later one would, before anything is written.
-    table({config["recipe"]: [*others, run]})
+    table({group_of(config): [*others, run]})
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in config.items() if name not in PLACES}
     # An `.npz` file is named by where it lay.
@@ -90,6 +88,23 @@ def add(run_dir):
         if (run_dir / name).exists():
             shutil.copy(run_dir / name, folder)
     return folder
+
+
+def group_of(config):
+    """Name of the folder of a run's results: its recipe, and the preset that it started from."""
+    parent = config.get("init_from")
+    return config["recipe"] + (f"-from-{parent}" if parent else "")
+
+
+def parent_of(run):
+    """The published run whose weights a run started from; None if it started from nothing."""
+    parent = run["config"].get("init_from")
+    if parent is None:
+        return None
+    folder = RESULTS / parent.removeprefix("cifar10-") / "seed-0"
+    if not folder.exists():
+        raise ValueError(f"what its --init-from {parent} was trained on is not published")
+    return run_of(folder)
 
 
 def run_of(folder):
@@ -105,18 +120,19 @@ def run_of(folder):
 
 
 def read():
-    """For each recipe, in their order, a list of dictionaries, one for each seed."""
+    """For each recipe, in their order, and what it started from, a list of runs by seed."""
     runs = {}
     for recipe in RECIPES:
-        for folder in sorted((RESULTS / recipe).glob("seed-*")):
-            runs.setdefault(recipe, []).append(run_of(folder))
+        for name in (recipe, f"{recipe}-from-*"):
+            for folder in sorted(RESULTS.glob(f"{name}/seed-*")):
+                runs.setdefault(folder.parent.name, []).append(run_of(folder))
     return runs
 
 
 def table(runs):
     """Lines of Markdown: what each recipe reached, and what others published."""
     rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
-    for recipe, seeds in runs.items():
+    for group, seeds in runs.items():
         metrics = [run["metrics"] for run in seeds]
         commands = {command(run["config"]) for run in seeds}
         if len(commands) > 1:
@@ -125,7 +141,7 @@ def table(runs):
         mirrored = [x["flip_averaged_accuracy"] for x in metrics if "flip_averaged_accuracy" in x]
         minutes = statistics.mean(x["training_seconds"] for x in metrics) / 60
         cells = (
-            f"**{recipe}**",
+            f"**{group}**",
             f"{metrics[0]['parameters'] / 1e6:.1f} M",
             epochs_of(seeds[0]),
             f"{flop(seeds[0]):.1e}",
@@ -150,13 +166,15 @@ def table(runs):
 
 
 def epochs_of(run):
-    """How many epochs a run took, beside those of its recipe if they are others."""
+    """How many epochs a run took, beside those of its recipe or of the run that it started from."""
     recipe, epochs = RECIPES[run["config"]["recipe"]], run["metrics"]["epochs"]
+    if parent := parent_of(run):
+        return f"{epochs} after {parent['metrics']['epochs']}"
     return str(epochs) if epochs == recipe.epochs else f"{epochs} of {recipe.epochs}"
 
 
 def flop(run):
-    """Floating point operations of a run's training on CIFAR-10."""
+    """Floating point operations of a run's training on CIFAR-10, and of that before it."""
     from keras_vit.training import costs_of_epochs
 
     config = run["config"]
@@ -164,7 +182,9 @@ def flop(run):
     changed["epochs"] = run["metrics"]["epochs"]
     recipe = dataclasses.replace(RECIPES[config["recipe"]], **changed)
     images = config.get("limit_train") or 50_000 - config.get("validation", 0)
-    return images * sum(costs_of_epochs(recipe, (32, 32, 3)))
+    parent = parent_of(run)
+    before = flop(parent) if parent else 0
+    return before + images * sum(costs_of_epochs(recipe, (32, 32, 3)))
 
 
 def spread(values):
@@ -182,7 +202,7 @@ def command(config):
     for name, value in config.items():
         default = getattr(recipe, name, getattr(Settings, name, None))
         value = tuple(value) if isinstance(value, list) else value
-        if name in IMPLIED or value == default:
+        if name in IMPLIED or value in (default, "tensorflow"):  # Which is the default backend.
             continue
         words += option_words(name, value)
     return " ".join(words)
@@ -206,13 +226,14 @@ def replaced(text, rows):
 def draw(runs, path):
     """Draws loss and accuracy on training images over the epochs, a line for each seed."""
     with _picture(path, columns=2, figsize=(10, 4)) as (left, right):
-        for index, (recipe, seeds) in enumerate(runs.items()):
+        for index, (group, seeds) in enumerate(runs.items()):
             for number, run in enumerate(seeds):
-                history = run["history"]
-                label = recipe if number == 0 else None
+                history, parent = run["history"], parent_of(run)
+                epochs = history["epoch"] + (parent["metrics"]["epochs"] if parent else 0)
+                label = group if number == 0 else None
                 style = {"color": f"C{index}", "label": label, "marker": "."}
-                left.plot(history["epoch"], history["loss"], **style)
-                right.plot(history["epoch"], 100 * history["accuracy"], **style)
+                left.plot(epochs, history["loss"], **style)
+                right.plot(epochs, 100 * history["accuracy"], **style)
         left.set(xlabel="epoch", ylabel="training loss, nats")
         right.set(xlabel="epoch", ylabel="training accuracy, %")
         right.legend()
@@ -221,8 +242,8 @@ def draw(runs, path):
 def draw_accuracy_and_compute(runs, path):
     """Draws test accuracy over the operations of the training: each recipe, and `PEERS`."""
     points = [
-        (recipe, flop(seeds[0]), 100 * statistics.mean(run["metrics"]["accuracy"] for run in seeds))
-        for recipe, seeds in runs.items()
+        (group, flop(seeds[0]), 100 * statistics.mean(run["metrics"]["accuracy"] for run in seeds))
+        for group, seeds in runs.items()
     ]
     with _picture(path, columns=1, figsize=(8, 5)) as axes:
         ours = {"color": "C0", "zorder": 3}

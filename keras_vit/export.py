@@ -11,6 +11,7 @@ import numpy as np
 from keras_vit.layers import gelu
 from keras_vit.model import check_is_vision_transformer, layers_in_inference
 from keras_vit.prediction import predict
+from keras_vit.transfer import adapted
 
 # Name of the output of an exported model, and of the file with its metadata.
 OUTPUT, METADATA = "probabilities", "metadata.json"
@@ -38,7 +39,7 @@ FORMATS = {
 
 
 def served(model):
-    """The inference-only model: raw pixels in, probabilities out.
+    """The inference-only model in float32: raw pixels in, probabilities out.
 
     Layers of its augmentation that change nothing in inference are left out.
 
@@ -50,10 +51,8 @@ def served(model):
         sums to one.
     """
     check_is_vision_transformer(model)
-    preprocessing = layers_in_inference(model)
-    bare = type(model).from_config({**model.get_config(), "augmentation": preprocessing})
+    bare = adapted(model, augmentation=layers_in_inference(model), dtype="float32")
     for layer in bare.layers:
-        layer.set_weights(model.get_layer(layer.name).get_weights())
         if getattr(layer, "activation", None) is gelu:
             layer.activation = _gelu_by_erf
     return keras.Model(bare.input, keras.layers.Softmax(dtype="float32")(bare.output))

@@ -154,8 +154,12 @@ def read_timm(path: str | os.PathLike[str]) -> VisionTransformer:
 
 def _read(path):
     """The tensors of a file as float32 by name, and what its names do not tell."""
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ModelError(
+            f"{path} needs a package that is missing: try `pip install safetensors`"
+        ) from error
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}

@@ -49,6 +49,15 @@ def distribute(kind):
         raise CommandError(str(error)) from error
 
 
+def import_for(source):
+    """Imports what reads a data set, without the lines that TensorFlow's libraries write."""
+    from keras_vit import data
+
+    if data.is_of_tfds(source):
+        with quiet(), contextlib.suppress(ImportError):  # Loading the data set explains it.
+            data.import_packages()
+
+
 @contextlib.contextmanager
 def quiet():
     """Holds back what TensorFlow's libraries write to stderr while they load, unless that fails."""

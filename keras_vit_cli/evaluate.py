@@ -119,8 +119,8 @@ def show(measured, dataset):
 
 def parameters(model):
     """The weights that training changes, frozen ones included."""
-    layers = (x for x in model.layers if not isinstance(x, keras.layers.Normalization))
-    return [weight for layer in layers for weight in layer.weights]
+    others = [model.get_layer("normalization"), *model.augmentation]
+    return [weight for layer in model.layers if layer not in others for weight in layer.weights]
 
 
 def load_to_probe(model, options):

@@ -1,15 +1,17 @@
 """`export`: a model for another runtime or library, compared there with Keras."""
 
+import contextlib
 import typing
 from collections.abc import Callable
 
 import numpy as np
 
 from keras_vit import export
-from keras_vit.files import make_output
+from keras_vit.files import atomic_write, make_output
 from keras_vit.prediction import predict
 from keras_vit.presets import load_preset, write_preset
 from keras_vit.timm import read_timm, write_timm
+from keras_vit.transfer import adapted
 from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_for_test, load_model
@@ -46,7 +48,8 @@ def run(options):
         )
     for package in output_format.packages:
         backend.require(package, f"--format {options.format}")
-    model = load_model(options.model)
+    # Other runtimes compute in float32, also what was trained in bfloat16.
+    model = adapted(load_model(options.model), dtype="float32")
     images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
     source = "256 images of noise"
     if options.dataset:
@@ -62,9 +65,11 @@ def run(options):
                 output_format.write(model, options.output)
                 largest = output_format.largest_difference
             else:
-                export.write(export.served(model), options.output, options.format)
-                facts = export.metadata(model)
-                export.add_metadata(options.output, options.format, facts)
+                is_file = bool(output_format.suffix)
+                writing = atomic_write if is_file else contextlib.nullcontext
+                with writing(options.output) as part:
+                    export.write(export.served(model), part, options.format)
+                    export.add_metadata(part, options.format, export.metadata(model))
         if options.format in WEIGHTS:
             again = output_format.read(options.output)
             difference = np.abs(predict(again, images) - predict(model, images)).max()

@@ -21,6 +21,7 @@ from keras_vit.data.images import MODES
 from keras_vit.files import visible
 from keras_vit.prediction import read_for
 from keras_vit.presets import load_preset
+from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError
 from keras_vit_cli.run_directory import RunDirectory
 
@@ -51,6 +52,7 @@ def load_resized(model, path, name, data_dir):
     """Loads a data set of any classes, with images of the model's shape."""
     if not name:
         raise CommandError("--dataset must not be empty")
+    backend.import_for(name)
     # The model knows what it takes; all but arrays are resized to that.
     size = None if has_fixed_size(name) else model.input_shape[1:3]
     try:
@@ -68,6 +70,7 @@ def load_for_test(model, path, name, data_dir, seen=()):
     """
     if not name:
         raise CommandError("--dataset must not be empty")
+    backend.import_for(name)
     try:
         dataset, left_out = load_unseen(
             name,

@@ -178,7 +178,7 @@ RECIPES = {
     "quick": Recipe(
         description="A narrow model and Muon for eight epochs of CIFAR-10 on images that grow from "
         "16x16 to 32x32 pixels, for a machine without a GPU; kernels alone decay.",
-        result="78.3 ± 0.2 % on CIFAR-10, three seeds, for 4.5e13 FLOP each: 14 to 18 minutes on "
+        result="78.3 ± 0.2 % on CIFAR-10, three seeds, for 4.5e13 FLOP each: 13 to 18 minutes on "
         "one core of an AMD EPYC with AVX-512, in float32 beside other work.",
         images_seen=400_000,
         epochs=8,

@@ -36,10 +36,10 @@ def run(options):
             dataset, _ = dataset.without(model.seen).for_training(
                 settings.validation, settings.limit_train, settings.seed
             )
-            if options.dataset and measured.get("training_data", "") not in ("", digest(dataset)):
+            if measured.get("training_data", "") not in ("", digest(dataset)):
                 raise CommandError(
-                    f"--dataset {source} has other training images or labels than {run_dir} was "
-                    "trained on"
+                    f"{source} has other training images or labels than {run_dir} was trained on: "
+                    "name the data set as it was with --dataset"
                 )
             probabilities = metrics.predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)

@@ -416,7 +416,7 @@ def _check(field, value):
         if limits["high"] is not None and not number <= limits["high"]:
             raise CommandError(f"{flag} must be at most {limits['high']}, but is {number}")
         if limits["above"] is not None and not number > limits["above"]:
-            raise CommandError(f"{flag} must be over {limits['above']}, but is {number}")
+            raise CommandError(f"{flag} must be greater than {limits['above']}, but is {number}")
         if limits["below"] is not None and not number < limits["below"]:
             raise CommandError(f"{flag} must be below {limits['below']}, but is {number}")
         if limits["choices"] and number not in limits["choices"]:
@@ -441,8 +441,8 @@ def _check_together(name, recipe):
     scales, grown = recipe.image_scales, recipe.image_scale_milestones
     if len(scales) != len(grown) or sorted(scales) != list(scales) or sorted(grown) != list(grown):
         raise CommandError(
-            "--image-scales and --image-scale-milestones must be as many numbers in rising order, "
-            f"but are {_shown(scales)} and {_shown(grown)}"
+            "--image-scales and --image-scale-milestones must have the same number of "
+            f"values, in increasing order, but are {_shown(scales)} and {_shown(grown)}"
         )
     if scales and not recipe.augmentation:
         raise CommandError("--image-scales needs --augmentation, whose crops resize the images")

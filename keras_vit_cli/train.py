@@ -14,8 +14,8 @@ import numpy as np
 
 from keras_vit import devices, distribution, training
 from keras_vit.data import DatasetError, DatasetUnavailable, ImageError, load_dataset
-from keras_vit.data.dataset import digest, digest_of_arrays
-from keras_vit.data.folders import warn
+from keras_vit.data.dataset import SHORT, digest, digest_of_arrays
+from keras_vit.data.folders import VALIDATION, warn
 from keras_vit.files import atomic_write, make_output, write_json
 from keras_vit.loading import ModelError, load_model
 from keras_vit.presets import load_preset
@@ -27,7 +27,7 @@ from keras_vit_cli.evaluate import measure, show
 from keras_vit_cli.recipes import DEFAULT_RECIPE, RECIPES
 from keras_vit_cli.report import MOVED_DATA, draw, write_pages
 from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
-from keras_vit_cli.settings import check_patches, resolve
+from keras_vit_cli.settings import check_patches, read_config, resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
 EFFICIENCY = 0.6
@@ -172,6 +172,7 @@ def prepare(settings, figures_dir):
             f"--early-stopping {settings.training.early_stopping} needs images to validate "
             "on: add --validation N"
         )
+    warn_of_seen(pretrained, dataset, settings)
     return with_epochs(settings, len(dataset.train_images)), pretrained, dataset, validation
 
 
@@ -192,8 +193,25 @@ def without_images_of(pretrained, dataset, name):
     return new
 
 
+def warn_of_seen(pretrained, dataset, settings):
+    """Warns if a pretrained model has seen images that are validated on now."""
+    if pretrained is None or dataset.manifest is None:
+        return
+    if settings.extend:
+        parent = read_config(pathlib.Path(settings.init_from) / "config.json")
+        if (parent.get("validation"), parent.get("seed")) == (settings.validation, settings.seed):
+            return  # The images that it was validated on, too.
+    held_out = [x for x in dataset.manifest if x.split == VALIDATION]
+    seen = sum(x.digest[:SHORT] in set(pretrained.seen) for x in held_out)
+    if seen:
+        warn(
+            f"{settings.init_from} was trained or validated on {seen:,} of the {len(held_out):,} "
+            "validation images: their accuracy is too high"
+        )
+
+
 def check_folders(settings, figures_dir):
-    """Raises a `CommandError` unless this process, the first one, may write where it is told to."""
+    """Raises a `CommandError` if the first process cannot write to the output folders."""
     if not distribution.is_first():
         return
     if figures_dir:
@@ -220,7 +238,8 @@ def facts(settings, dataset, validation):
 def check_device(settings):
     """Raises a `CommandError` if Keras computes with another backend, or not in the precision."""
     if settings.tensorboard:
-        backend.require("tensorboard", "--tensorboard")
+        for package in ("tensorboard", "tensorflow"):  # Keras's callback writes with the latter.
+            backend.require(package, "--tensorboard")
     if settings.backend not in (None, keras.backend.backend()):
         raise CommandError(
             f"--backend {settings.backend} comes too late: Keras was imported before and computes "
@@ -238,6 +257,7 @@ def load(settings):
 
     Falls back to the digits if no data set was given and the default one cannot be loaded.
     """
+    backend.import_for(settings.dataset)
     try:
         return settings, load_dataset(
             settings.dataset,
@@ -255,7 +275,7 @@ def load(settings):
             "run writes is labelled 'digits'."
         )
         digits = load_dataset("digits", resize=settings.resize)
-        return resolve({**settings.named, "dataset": "digits"}), digits
+        return resolve({**settings.named, "dataset": "digits", "image_size": None}), digits
 
 
 def load_pretrained(settings):

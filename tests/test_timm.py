@@ -1,6 +1,7 @@
 """Weights under timm's names, against PyTorch's own layers; other files are refused."""
 
 import json
+import sys
 
 import keras
 import numpy as np
@@ -31,6 +32,12 @@ RENAMED = {
 @pytest.fixture(scope="module", params=["token", "mean"])
 def model(request):
     return make_model(pooling=request.param, class_names=list("abcde"))
+
+
+def test_without_the_package_safetensors_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModelError, match="try `pip install safetensors`"):
+        read_timm(tmp_path / "model.safetensors")
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ from keras_vit.data.sources import (
     different_classes,
     has_fixed_size,
     is_folder,
+    is_of_tfds,
     load_dataset,
     load_unseen,
 )
 from keras_vit.data.streaming import StreamedImages
+from keras_vit.data.tfds import import_packages
 
 __all__ = [
     "Batches",
@@ -23,7 +25,9 @@ __all__ = [
     "StreamedImages",
     "different_classes",
     "has_fixed_size",
+    "import_packages",
     "is_folder",
+    "is_of_tfds",
     "load_dataset",
     "load_unseen",
     "read_image",

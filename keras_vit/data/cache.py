@@ -1,4 +1,4 @@
-"""The cache of decoded image folders, in the user's cache directory.
+"""The cache of decoded images, in the user's cache directory.
 
 All images are decoded once, on all cores, into one file; an array of more than 2 GiB is
 memory-mapped. When images of a folder change, the new array takes the place of the old one. Arrays
@@ -20,7 +20,13 @@ import time
 
 import numpy as np
 
-from keras_vit.data.images import SMALL_PART, ImageError, common_size, read_and_measure
+from keras_vit.data.images import (
+    SMALL_PART,
+    ImageError,
+    common_size,
+    formats,
+    read_and_measure,
+)
 from keras_vit.data.streaming import StreamedImages
 from keras_vit.files import PARTS, atomic_write, is_terminal, write_json
 
@@ -31,6 +37,7 @@ MOST_CACHED = 20 * 2**30
 LIMIT = "KERAS_VIT_CACHE_GIB"
 # Changes whenever the same file is read as other pixels.
 VERSION = 2
+ARRAYS = "[!.]*.npy"  # Without those that are being written.
 # Temporary files of killed processes are removed after this many seconds.
 ABANDONED = 24 * 3600
 
@@ -127,7 +134,7 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
     listed = [(file.path, file.digest) for file in files]
     paths = [folder / file.path for file in files]
     if size is None:
-        identity = ["size", multiple_of, listed]
+        identity = ["size", multiple_of, formats(), listed]
         size = tuple(remembered(identity, lambda: common_size(paths, multiple_of)))
     with _cache() as place:
         content = json.dumps([VERSION, size, resize, listed])
@@ -135,14 +142,13 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         # A folder that was moved or copied finds its images under their content.
         array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
         errors = array.with_suffix(".json")
-        is_decoded = array.exists() and errors.exists()
+        is_checked = errors.exists() and not _any_readable(folder, _read_errors(errors))
+        is_decoded = is_checked and array.exists()
         reason = None if is_decoded else _too_large((len(files), *size, 3), place)
         if reason:
             print(f"{reason}: they are read as they are needed")
-        if not (is_decoded or reason and errors.exists()):
-            for part in place.glob(PARTS):
-                if time.time() - part.stat().st_mtime > ABANDONED:
-                    part.unlink()
+        if not (is_decoded or reason and is_checked):
+            _remove_abandoned(place)
             if reason:
                 print(f"Checking {len(files):,} images, once: unreadable ones are left out")
                 unreadable = _read_all(paths, size, resize)
@@ -152,17 +158,34 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
             write_json(
                 errors, {x.path: unreadable[y] for x, y in zip(files, paths) if y in unreadable}
             )
-            for old in place.glob(f"*-{owner}.json"):
+            for old in place.glob(f"[!.]*-{owner}.json"):
                 if old != errors:
                     _remove(old.with_suffix(".npy"))
-        unreadable = json.loads(errors.read_text(encoding="utf-8", errors="surrogateescape"))
+        unreadable = _read_errors(errors)
         if reason:
             readable = [y for x, y in zip(files, paths) if x.path not in unreadable]
             return _streamed(readable, size, resize), unreadable
         images = np.load(array, mmap_mode="r")
-        _remove_oldest(place, array)
+        _remove_oldest(place, [array])
         images = images[: len(files) - len(unreadable)]
         return (images if images.nbytes > IN_MEMORY else np.array(images)), unreadable
+
+
+def _read_errors(path):
+    return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
+
+
+def _any_readable(folder, unreadable):
+    """Whether a file can be read by now, after a repair or the installation of a package."""
+
+    def is_readable(path):
+        with contextlib.suppress(ImageError):
+            read_and_measure(folder / path)
+            return True
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return any(pool.map(is_readable, unreadable))
 
 
 def remembered(identity, compute):
@@ -179,24 +202,27 @@ def remembered(identity, compute):
         return json.loads(known.read_text(encoding="utf-8"))
 
 
-def stored(identity, shape, parts):
+def stored(identity, shape, parts, other=None):
     """Decoded images and their labels, memory-mapped: from the cache, or written there.
 
     Args:
         identity: list, all that pixels and labels depend on, as JSON.
         shape: tuple `(N, H, W, C)`.
         parts: function that returns an iterator of pairs `(images, labels)` of arrays.
+        other: images that are used together with these; an array from here has to fit, too.
 
     Returns:
         uint8 array and int64 array; None if the images do not fit into the cache.
     """
+    kept = [pathlib.Path(str(other.filename))] if isinstance(other, np.memmap) else []
     with _cache() as place:
         array = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}.npy"
         beside = array.with_suffix(".json")
         if not (array.exists() and beside.exists()):
-            if reason := _too_large(shape, place):
+            if reason := _too_large(shape, place, other.nbytes if kept else 0):
                 print(f"{reason}: they are read as they are needed")
                 return None
+            _remove_abandoned(place)
             print(f"Decoding {shape[0]:,} images, once, into {place}")
             labels, row = [], 0
             with atomic_write(array) as part:
@@ -207,16 +233,16 @@ def stored(identity, shape, parts):
                     labels += their_labels.tolist()
                 images.flush()
             write_json(beside, labels)
-        _remove_oldest(place, array)
+        _remove_oldest(place, [array, *kept])
         labels = json.loads(beside.read_text(encoding="utf-8"))
         return np.load(array, mmap_mode="r"), np.array(labels, "int64")
 
 
-def _too_large(shape, place):
-    """Why images of a shape do not fit into the cache; None if they do."""
+def _too_large(shape, place, kept=0):
+    """Why images of a shape do not fit into the cache, beside what is kept; None if they do."""
     size, limit = math.prod(shape), most_cached()
     free = shutil.disk_usage(place).free
-    if size <= min(limit, free):
+    if size <= min(limit - kept, free):
         return None
     which = f"the cache's {limit / 2**30:,.4g} GiB" if limit <= free else f"what is free in {place}"
     return (
@@ -237,17 +263,26 @@ def _streamed(paths, size, resize):
     return StreamedImages(read, (len(paths), *size, 3))
 
 
-def _remove_oldest(place, current):
+def _remove_oldest(place, used):
     """Removes the arrays that were not used for the longest time, until the others are small."""
     # The cache may be read-only, or another process faster.
     with contextlib.suppress(OSError):
-        os.utime(current)  # Used now.
-        arrays = sorted(place.glob("*.npy"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in used:
+            os.utime(path)  # Used now.
+        arrays = sorted(place.glob(ARRAYS), key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
         for path in arrays:
             total += path.stat().st_size
-            if total > most_cached() and path != current:
+            if total > most_cached() and path not in used:
                 _remove(path)
+
+
+def _remove_abandoned(place):
+    """Removes what killed processes left half written."""
+    for part in place.glob(PARTS):
+        with contextlib.suppress(FileNotFoundError):  # Another process has finished it meanwhile.
+            if time.time() - part.stat().st_mtime > ABANDONED:
+                part.unlink()
 
 
 def _remove(array):
@@ -260,7 +295,7 @@ def _remove(array):
 def usage():
     """The cache directory, the number of arrays of decoded images, and their size in bytes."""
     with _cache() as place:
-        arrays = list(place.glob("*.npy"))
+        arrays = list(place.glob(ARRAYS))
         return place, len(arrays), sum(path.stat().st_size for path in arrays)
 
 

@@ -153,7 +153,13 @@ class Dataset:
         count = len(self.train_labels) - count
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
         pair = subset(self.train_images, held_out), self.train_labels[held_out]
-        return kept._without_copies_of_validation(), pair
+        kept = kept._without_copies_of_validation()
+        for label in set(range(len(self.class_names))).difference(kept.train_labels):
+            raise ValueError(
+                f"The training images of class {self.class_names[label]!r} are copies of those "
+                f"held out for validation: add others. Received: {received}"
+            )
+        return kept, pair
 
     def _without_copies_of_validation(self):
         """The same data without training images whose content is held out, too."""
@@ -223,7 +229,11 @@ def warn_of_copies(dataset):
     `warn_of_split` does so for folders.
     """
     trained, tested = [
-        [hashlib.blake2b(image.tobytes()).digest() for image in images]
+        [
+            hashlib.blake2b(image.tobytes()).digest()
+            for start in range(0, len(images), 1024)  # Which threads read at once.
+            for image in images[start : start + 1024]
+        ]
         for images in (dataset.train_images, dataset.test_images)
     ]
     first = {digest: index for index, digest in reversed(list(enumerate(trained)))}

@@ -209,7 +209,7 @@ def _turned(image, orientation):
 
 
 @functools.cache
-def _formats():
+def formats():
     """The formats of Pillow except EPS, for which it would run Ghostscript on an untrusted file."""
     Image.init()
     with contextlib.suppress(ImportError):
@@ -231,7 +231,7 @@ def _opened(path):
         start, reason = file.read(16), f"cannot identify image file {str(path)!r}"
         if start[4:8] == b"ftyp" and start[8:12] in HEIC:
             reason = "HEIC needs another package: try `pip install pillow-heif`"
-        for name in _formats():
+        for name in formats():
             factory, accepts = Image.OPEN[name]
             answer = accepts is None or accepts(start)
             if isinstance(answer, str):  # Pillow was built without this format.

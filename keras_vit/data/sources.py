@@ -100,6 +100,11 @@ def has_fixed_size(source):
     return not is_folder(source) and (source == "digits" or source.endswith(".npz"))
 
 
+def is_of_tfds(source):
+    """Whether a source is the name of a data set of TensorFlow Datasets."""
+    return not is_folder(source) and not has_fixed_size(source)
+
+
 def load_unseen(
     source: str,
     image_size: tuple[int, int],

@@ -1,10 +1,12 @@
 """Image classification data sets of TensorFlow Datasets."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import typing
 
+import keras
 import numpy as np
 
 from keras_vit.data import cache, tfrecord
@@ -40,7 +42,7 @@ def load_tfds(source, data_dir, image_size=None, resize="squash", multiple_of=1,
     test = next((pair for pair in tests if pair is not None), None)
     train = test
     if not test_only or test is None:
-        train = _read_split(builder, "train", size, resize)
+        train = _read_split(builder, "train", size, resize, test and test[0])
     if train is None:
         raise DatasetError(f"{source} has no labelled split named 'train'")
     if test is None:
@@ -61,9 +63,24 @@ def _new_size(shape, image_size, multiple_of):
     return None if tuple(own) == tuple(size) else size
 
 
+def import_packages():
+    """Imports TensorFlow Datasets; TensorFlow leaves GPUs to another backend of Keras.
+
+    Raises:
+        ImportError: if a package is missing.
+    """
+    import tensorflow as tf
+    import tensorflow_datasets as tfds
+
+    if keras.backend.backend() != "tensorflow":
+        with contextlib.suppress(RuntimeError):  # The caller's own TensorFlow has them already.
+            tf.config.set_visible_devices([], "GPU")
+    return tfds
+
+
 def _builder(source, data_dir):
     try:
-        import tensorflow_datasets as tfds
+        tfds = import_packages()
     except ImportError as error:
         raise DatasetError(
             f"{source!r} is not a folder of images, and TensorFlow Datasets needs packages "
@@ -137,14 +154,17 @@ def _supervised_features(builder):
     return pair
 
 
-def _read_split(builder, split, size, resize):
-    """Images and labels of a split as two arrays; None if it is missing or unlabelled."""
+def _read_split(builder, split, size, resize, other=None):
+    """Images and labels of a split as two arrays; None if it is missing or unlabelled.
+
+    `other` are the images that will be used together with them, if any.
+    """
     import tensorflow as tf
 
     if split not in builder.info.splits:
         return None
     try:
-        return _read_arrays(builder, split, size, resize)
+        return _read_arrays(builder, split, size, resize, other)
     except ImageError as error:
         raise DatasetError(f"{builder.name}: {error}") from error
     except (OSError, StopIteration, tf.errors.OpError) as error:
@@ -154,7 +174,7 @@ def _read_split(builder, split, size, resize):
         ) from error
 
 
-def _read_arrays(builder, split, size, resize) -> typing.Any:
+def _read_arrays(builder, split, size, resize, other) -> typing.Any:
     import tensorflow as tf
 
     images = builder.as_dataset(split=split, as_supervised=True)
@@ -172,7 +192,7 @@ def _read_arrays(builder, split, size, resize) -> typing.Any:
         files = [(name, path.stat()) for name, path in _shards(builder, split)]
         stats = [[name, stat.st_size, stat.st_mtime_ns] for name, stat in files]
         identity = [builder.info.full_name, str(builder.data_dir), split, shape, resize, stats]
-        stored = cache.stored(identity, shape, images.batch(256).as_numpy_iterator)
+        stored = cache.stored(identity, shape, images.batch(256).as_numpy_iterator, other)
         return stored or _streamed(builder, split, size, resize, shape, stats)
     arrays = images.batch(count).get_single_element()
     return tuple(np.asarray(array) for array in arrays)

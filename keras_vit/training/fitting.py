@@ -155,6 +155,8 @@ def fit(
             saved.
         Diverged: if the loss becomes NaN or infinite; the last checkpoint is from before that.
         DifferentData: if the checkpoint was made with different training images or labels.
+        DifferentVariables: if it is of another model.
+        CannotExtend: if `pretrained` has no optimizer of the recipe's kind to continue from.
         DistributionError: if the rest of an epoch fills no batch on the number of devices.
     """
     batches = batches_of(dataset.train_images, dataset.train_labels, recipe.batch_size, seed)
@@ -177,7 +179,9 @@ def fit(
     data = digest(dataset) if run_dir else ""
     costs = costs_of_epochs(recipe, dataset.image_shape)
     journal = Journal(
-        current, batches, run_dir, save_every, data, costs, checkpoint, recipe.early_stopping
+        *(current, batches, run_dir, save_every, data, costs, checkpoint),
+        early_stopping=recipe.early_stopping,
+        small_until=stages[-2].end if len(stages) > 1 else 0,
     )
     callbacks = [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
@@ -222,8 +226,8 @@ def fit(
             batches.start_epoch(journal.epoch + 1, journal.skipped)
             if not batches.num_batches:  # The other devices filled one batch more.
                 raise distribution.DistributionError(
-                    "the checkpoint lies after the last batch that an epoch has on "
-                    f"{distribution.topology()}: resume on those that it was written on"
+                    f"an epoch on {distribution.topology()} has fewer batches than the checkpoint "
+                    f"was trained on: resume on {checkpoint.devices}"
                 )
             fit_until(journal.epoch + 1)
             batches.start_epoch(journal.epoch + 1)

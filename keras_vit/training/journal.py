@@ -65,6 +65,7 @@ class Journal(keras.callbacks.Callback):
         checkpoint: `Checkpoint` of the run to resume from; None to start.
         early_stopping: int, epochs without a better `val_accuracy` after which training stops;
             None for never.
+        small_until: int, number of epochs of progressive resizing, in which it never stops.
 
     Raises:
         DifferentData: if the run has a checkpoint with a different digest.
@@ -85,9 +86,11 @@ class Journal(keras.callbacks.Callback):
         costs=(1,),
         checkpoint=None,
         early_stopping=None,
+        small_until=0,
     ):
         super().__init__()
         self.data, self.costs, self.early_stopping = data, costs, early_stopping
+        self.small_until = small_until
         self._precision = model.get_layer("norm").compute_dtype
         self.run_dir = run_dir if distribution.is_first() else None
         self._notes = (
@@ -188,7 +191,7 @@ class Journal(keras.callbacks.Callback):
         """Whether the last epochs were no better; read from the rows, so that it is resumed."""
         if not (self.early_stopping and self.rows):
             return False
-        return self.epoch - self._best_epoch() >= self.early_stopping
+        return self.epoch - max(self._best_epoch(), self.small_until) >= self.early_stopping
 
     def _best_epoch(self):
         """The first epoch with the highest `val_accuracy`, counted from one."""

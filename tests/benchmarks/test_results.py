@@ -169,6 +169,21 @@ def test_operations_are_those_of_the_settings(published):
     assert results.flop(run) == 2 * 50_000 * by_image
 
 
+def test_a_run_that_starts_from_a_preset_counts_the_training_before_it(published, tmp_path):
+    more = {"init_from": "cifar10-baseline", "epochs": 2}
+    with pytest.raises(ValueError, match="--init-from cifar10-baseline was trained on is not"):
+        results.add(published(1, 0.9, **more))
+    results.add(published(0, 0.8))
+    assert results.add(published(2, 0.9, **more)).parent.name == "baseline-from-cifar10-baseline"
+    runs = results.read()
+    first, second = (runs[name][0] for name in ("baseline", "baseline-from-cifar10-baseline"))
+    assert results.flop(second) == 2 * results.flop(first)
+    row = results.table(runs)[3]
+    assert row.startswith("| **baseline-from-cifar10-baseline** | 3.2 M | 2 after 2 | 2.3e+14 |")
+    assert "--epochs 2 --init-from cifar10-baseline`" in row
+    results.draw(runs, tmp_path / "picture.png")
+
+
 def test_the_table_takes_the_place_of_the_one_before():
     text = f"before\n{results.START}\nold\n{results.END}\nafter\n"
     once = results.replaced(text, ["new"])

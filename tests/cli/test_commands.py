@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 
 import keras
@@ -85,6 +86,39 @@ def test_images_that_the_weights_were_trained_on_are_not_tested_on(
     )
     with pytest.raises(CommandError, match="was trained on all test images of set: choose"):
         train.without_images_of(model, dataset, "runs/x")
+
+
+def test_validation_images_that_the_weights_were_trained_on_are_counted(
+    place, model, capsys, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    dataset, _ = data.load_dataset(str(place / "images")).hold_out(6, seed=0)
+    parent = settings.read_config(place / "run" / "config.json")
+    chosen = {"init_from": str(place / "run"), "validation": 6, "seed": parent["seed"]}
+    train.warn_of_seen(model, dataset, types.SimpleNamespace(extend=None, **chosen))
+    assert "trained or validated on 6 of the 6 validation images" in capsys.readouterr().err
+    # The run held out no image, so those of the longer one were trained on.
+    train.warn_of_seen(model, dataset, types.SimpleNamespace(extend=5, **chosen))
+    assert "trained or validated on 6 of the 6 validation images" in capsys.readouterr().err
+    same = {**chosen, "validation": parent["validation"]}
+    train.warn_of_seen(model, dataset, types.SimpleNamespace(extend=5, **same))
+    train.warn_of_seen(None, dataset, types.SimpleNamespace(extend=None, **chosen))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_is_not_made_of_other_images_than_the_run(place, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("images", "run"):
+        shutil.copytree(place / name, tmp_path / name)
+    config = json.loads((tmp_path / "run" / "config.json").read_text(encoding="utf-8"))
+    config["dataset"] = str(tmp_path / "images")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    trained = next(
+        x for x in folders.list_folder(tmp_path / "images")[0] if x.split == folders.TRAIN
+    )
+    (tmp_path / "images" / trained.path).unlink()
+    assert run("report", tmp_path / "run") == 2
+    assert "images has other training images or labels than" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_trained_for_longer_with_its_own_settings(place):
@@ -254,6 +288,8 @@ def test_a_saved_model_is_measured_as_after_training(place, model, capsys, monke
     metrics = json.loads((place / "run" / "metrics.json").read_text(encoding="utf-8"))
     for name in ("accuracy", "loss", "calibration_error", "per_class", "parameters"):
         assert found[name] == metrics[name]
+    trained = sum(int(np.prod(weight.shape)) for weight in model.trainable_weights)
+    assert found["parameters"] == trained
     assert f"Test accuracy {metrics['accuracy']:.2%}" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("*.png"))) == 10
     lines = (tmp_path / "out" / "predictions.csv").read_bytes().decode()
@@ -436,6 +472,18 @@ def test_weights_are_exported_and_predict_the_same(name, place, capsys, tmp_path
     for ours, theirs in zip(*answers):
         assert ours["class"] == theirs["class"]
         assert ours["probability"] == pytest.approx(theirs["probability"], abs=2e-3)
+
+
+@pytest.mark.parametrize("format", ["timm", "saved_model"])
+def test_a_model_trained_in_bfloat16_is_exported_in_float32(format, model, tmp_path):
+    if keras.backend.backend() != "tensorflow":
+        pytest.skip("the command runs on TensorFlow")
+    mixed = VisionTransformer.from_config({**model.get_config(), "dtype": "mixed_bfloat16"})
+    mixed.set_weights([10 * weight for weight in model.get_weights()])
+    mixed.save(tmp_path / "model.keras")
+    name = "model.safetensors" if format == "timm" else "saved"
+    words = ["--format", format, "-o", tmp_path / name]
+    assert run("export", tmp_path / "model.keras", *words) == 0
 
 
 def test_what_is_exported_takes_pixels_and_gives_probabilities(model):

@@ -79,12 +79,25 @@ def test_a_backend_of_keras_s_own_choice_that_is_missing_is_one_line(installed, 
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
 
-def test_tensorboard_that_is_not_installed_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr(
-        backend.importlib.util, "find_spec", lambda name: name != "tensorboard" or None
-    )
+def test_reading_tensorflow_datasets_writes_nothing_to_stderr():
+    pytest.importorskip("tensorflow_datasets")
+    code = """
+from keras_vit_cli import backend, main
+main._command("evaluate", None)
+backend.import_for("cifar10")
+import tensorflow as tf
+next(iter(tf.data.Dataset.range(1)))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "tensorflow"])
+def test_tensorboard_that_is_not_installed_says_what_to_install(package, capsys, monkeypatch):
+    monkeypatch.setattr(backend, "choose", lambda _: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: name != package or None)
     assert main.train(["--tensorboard"]) == 2
-    assert "pip install tensorboard" in capsys.readouterr().err
+    assert f"pip install {package}" in capsys.readouterr().err
 
 
 def test_an_unknown_backend_in_the_environment_is_named(capsys, monkeypatch):

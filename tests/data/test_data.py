@@ -1,5 +1,6 @@
 import re
 import sys
+import types
 
 import keras
 import numpy as np
@@ -211,6 +212,30 @@ def test_what_the_cache_cannot_hold_of_tensorflow_datasets_is_read_as_needed(
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ImageError, match="tfrecord.* cannot be read any more: its record"):
         read.train_images[:]
+
+
+def test_splits_that_fit_into_the_cache_one_by_one_do_not_displace_each_other(
+    capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    prepare(tmp_path, "KerasVitTwoParts", {"train": [0, 1, 1] * 20, "test": [0, 1] * 10})
+    monkeypatch.setattr("keras_vit.data.cache.IN_MEMORY", 100)
+    monkeypatch.setenv("KERAS_VIT_CACHE_GIB", str(70 * 8 * 8 * 3 / 2**30))
+    for decoded in (1, 0):
+        dataset = load_dataset("keras_vit_two_parts", tmp_path, 8)
+        output = capsys.readouterr().out
+        assert output.count("Decoding") == output.count("Decoding 20 images, once") == decoded
+        assert "60 images of 8x8 pixels take" in output and len(dataset.train_images) == 60
+
+
+def test_records_of_another_format_are_not_read_as_needed():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    file_format = tfds.core.FileFormat.ARRAY_RECORD
+    splits = {"train": types.SimpleNamespace(filepaths=[])}
+    info = types.SimpleNamespace(file_format=file_format, splits=splits)
+    builder = types.SimpleNamespace(info=info)
+    with pytest.raises(ImageError, match="format array_record cannot .* a smaller --image-size"):
+        tfds_sets._streamed(builder, "train", None, "squash", (1, 8, 8, 3), [])
 
 
 def test_a_data_set_without_a_training_split_is_tested_on_and_not_trained_on(tmp_path):

@@ -341,6 +341,15 @@ def test_a_folder_can_have_a_validation_set(tmp_path):
         dataset.hold_out(2, seed=0)
 
 
+def test_a_class_of_one_picture_is_not_emptied_by_holding_out(tmp_path):
+    folder = fill(tmp_path / "set" / "train", ["a", "b"], 6).parent
+    for path in (folder / "train" / "b").iterdir():
+        saved(path, picture(0, 8, 8))
+    fill(folder / "test", ["a", "b"], 1, size=(9, 8))
+    with pytest.raises(ValueError, match="class 'b' are copies .* Received: validation=4"):
+        load_dataset(str(folder)).hold_out(4, seed=0)
+
+
 def test_a_data_set_lists_the_training_and_validation_files_as_seen(tmp_path):
     folder = fill(tmp_path / "set", ["a", "b"], 20)
     dataset = load_dataset(str(folder))
@@ -702,9 +711,30 @@ def test_the_cache_keeps_the_arrays_that_were_used_last(tmp_path, monkeypatch):
     kept = set(arrays.glob("*.npy"))
     assert oldest in kept and other not in kept and len(kept) == 2
     assert not other.with_suffix(".json").exists()
+    written = arrays / ".part-0-x.npy"  # By another process.
+    written.touch()
+    assert image_cache.usage()[1] == 2
     monkeypatch.setattr(image_cache, "MOST_CACHED", 0)
     load_dataset(str(third))  # Kept while it is used.
-    assert len(set(arrays.glob("*.npy"))) == 1
+    assert len(set(arrays.glob("*.npy")) - {written}) == 1 and written.exists()
+
+
+def test_files_that_can_be_read_by_now_are_read(capsys, monkeypatch, tmp_path):
+    """As HEIC can after the installation of a package."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = fill(tmp_path / "set", ["a", "b"], 60)
+    saved(folder / "a" / "60.bmp", picture(7, 8, 8))
+    few = tuple(name for name in image_files.formats() if name != "BMP")
+    for module in (image_files, image_cache):
+        monkeypatch.setattr(module, "formats", lambda: few)
+    assert len(load_dataset(str(folder)).manifest) == 120
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    capsys.readouterr()
+    assert len(load_dataset(str(folder)).manifest) == 121
+    assert "Decoding 121 images" in capsys.readouterr().out
+    assert len(load_dataset(str(folder)).manifest) == 121
+    assert "Decoding" not in capsys.readouterr().out
 
 
 def test_a_photo_that_changed_does_not_leave_the_old_array_in_the_cache(monkeypatch, tmp_path):
