@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
+from keras_vit.devices import without_gradients
 from keras_vit.validation import fraction_below_one, grid_of_patches, positive_integer
 
 BATCH_SIZE = 64
@@ -350,7 +351,8 @@ def _scores_of_batch(model, inputs):
         blocks.append(ops.convert_to_numpy(scores).astype("float32"))
         return outputs, scores
 
-    _run(model, inputs, attend)
+    with without_gradients():
+        _run(model, inputs, attend)
     return np.stack(blocks, axis=1)
 
 

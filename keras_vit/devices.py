@@ -1,5 +1,6 @@
 """The devices that Keras computes on, and the dtypes that they support."""
 
+import contextlib
 import math
 import pathlib
 import time
@@ -19,6 +20,18 @@ def accelerators():
         return [f"{device.type}:{index}" for index in range(torch.accelerator.device_count())]
     # `list_devices("gpu")` raises on JAX if there is no GPU.
     return [name for name in keras.distribution.list_devices() if not name.startswith("cpu")]
+
+
+@contextlib.contextmanager
+def without_gradients():
+    """Context in which PyTorch does not keep what gradients would need."""
+    if keras.backend.backend() != "torch":
+        yield
+        return
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 def on_jax_accelerator():

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_vit.devices import without_gradients
 from keras_vit.jax_multi_step import can_scan, scanned_train_function
 from keras_vit.layers import (
     ClassToken,
@@ -28,6 +29,7 @@ from keras_vit.layers.mix import partners
 from keras_vit.validation import fraction_below_one, positive_integer, resizing, shape_of_image
 
 EPSILON = 1e-6
+MOST_SCORES = 2**28  # Attention scores of a block in inference: one GiB.
 # For those whose model was made from a `VisionTransformer` but is none itself.
 ADVICE = (
     "In place of `keras.models.clone_model(model)`, use `VisionTransformer.from_config("
@@ -249,20 +251,31 @@ class VisionTransformer(keras.Model):
         preset = load_preset(name)
         return adapted(preset, num_classes, class_names, image_shape, augmentation, dtype)
 
+    @property
+    def scores_per_block(self) -> int:
+        """Number of attention scores of an image in a block: a matrix for each head."""
+        tokens = self.get_layer("position_embedding").position.shape[1]
+        return self._config["num_heads"] * tokens**2
+
     def features(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
         """What the head reads: the class token, or the mean of the patches, after the last block.
 
         Args:
             images: array `(B, H, W, C)` of raw pixels.
-            batch_size: int, number of images that are computed at once.
+            batch_size: int, largest number of images that are computed at once; of images with
+                many patches, there are fewer.
 
         Returns:
             NumPy array `(B, D)`, float32.
         """
         backbone = keras.Model(self.input, self.get_layer("head").input)
-        starts = range(0, len(images), batch_size)
-        batches = (backbone(images[i : i + batch_size], training=False) for i in starts)
-        return np.concatenate([ops.convert_to_numpy(x).astype("float32") for x in batches])
+        size = max(1, min(batch_size, MOST_SCORES // self.scores_per_block))
+        parts = [np.empty((0, backbone.output_shape[-1]), "float32")]
+        with without_gradients():
+            for start in range(0, len(images), size):
+                part = backbone(images[start : start + size], training=False)
+                parts.append(ops.convert_to_numpy(part).astype("float32"))
+        return np.concatenate(parts)
 
     def adapt(self, images: np.ndarray) -> None:
         """Computes mean and variance per channel; call it before `fit`, with the training images.
@@ -336,9 +349,12 @@ class VisionTransformer(keras.Model):
             "name": self.name,
             "seen": list(self.seen),
             "trainable_layers": {
-                path: layer.trainable
-                for path, layer, parent in inside
-                if layer.trainable != parent.trainable
+                **({} if self.trainable else {"": False}),  # The whole model.
+                **{
+                    path: layer.trainable
+                    for path, layer, parent in inside
+                    if layer.trainable != parent.trainable
+                },
             },
             "quantized_layers": {
                 path: _quantization(layer)
@@ -363,6 +379,8 @@ class VisionTransformer(keras.Model):
         seen = settings.pop("seen", ())
         model = cls(**settings)
         model.seen = tuple(seen)
+        if not trainable.get("", True):
+            model.trainable = False
         for path, layer, _ in _inside(model):
             if path in quantized and layer.quantization_mode is None:
                 how = keras.saving.deserialize_keras_object(quantized[path]["config"])

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_vit.data.images import read_image
 from keras_vit.data.streaming import StreamedImages
+from keras_vit.model import MOST_SCORES, VisionTransformer
 
 # Images that are predicted at once, and their values at most.
 BATCH_SIZE, MOST_VALUES = 256, 2**24
@@ -45,7 +46,7 @@ def predict(
     if isinstance(images, (str, os.PathLike)):
         raise ValueError(f"Expected `images` to be a list of paths. Received: images={images!r}")
     parts = [np.empty((0, model.output_shape[-1]))]
-    size = batch_size(model.input_shape[1:])
+    size = batch_size(model)
     for start in range(0, len(images), size):
         batch: typing.Any = images[start : start + size]
         if not hasattr(batch, "shape"):
@@ -64,9 +65,12 @@ def predict(
     return np.concatenate(parts)
 
 
-def batch_size(image_shape):
-    """How many images of a shape are predicted at once."""
-    return max(1, min(BATCH_SIZE, MOST_VALUES // math.prod(image_shape)))
+def batch_size(model):
+    """How many images a model predicts at once."""
+    largest = MOST_VALUES // math.prod(model.input_shape[1:])
+    if isinstance(model, VisionTransformer):
+        largest = min(largest, MOST_SCORES // model.scores_per_block)
+    return max(1, min(BATCH_SIZE, largest))
 
 
 def read_for(model: keras.Model, path: str | os.PathLike[str]) -> np.ndarray:

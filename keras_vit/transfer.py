@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_vit.layers import RandomResizedCrop
 from keras_vit.model import layers_in_inference
+from keras_vit.validation import shape_of_image
 
 
 def adapted(
@@ -34,7 +35,7 @@ def adapted(
     """
     config = model.get_config()
     config.pop("trainable_layers")
-    image_shape = config["image_shape"] if image_shape is None else tuple(image_shape)
+    image_shape = shape_of_image(config["image_shape"] if image_shape is None else image_shape)
     if image_shape[2:] != tuple(config["image_shape"][2:]):
         raise ValueError(
             f"Expected `image_shape` to be (H, W, {config['image_shape'][2]}), as the model was "

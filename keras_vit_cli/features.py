@@ -12,7 +12,8 @@ def run(options):
     if options.output.suffix != ".npz":
         raise CommandError(f"--output must end in .npz, but is {options.output}")
     model = load_model(options.model)
-    names, features, failed = [], [np.empty((0, model.get_layer("head").input.shape[-1]), "f4")], 0
+    names, failed = [], 0
+    features = [model.features(np.empty((0, *model.input_shape[1:])))]
     for paths, images, some_failed in image_batches(options.images, model):
         failed |= some_failed
         if paths:

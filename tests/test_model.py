@@ -482,7 +482,11 @@ def test_frozen_layers_stay_frozen_in_a_file_including_nested_ones(tmp_path):
     assert frozen == ["block_2_attention"]
     trainable = [weight.path for weight in model.trainable_weights]
     assert [weight.path for weight in again.trainable_weights] == trainable
+    model.trainable = False
+    whole = keras_vit.VisionTransformer.from_config(model.get_config())
+    assert not whole.trainable and not whole.trainable_weights
     # The format of earlier versions.
+    model.trainable = True
     config = {**model.get_config(), "frozen": ["head"]}
     del config["trainable_layers"], config["quantized_layers"]
     assert not keras_vit.VisionTransformer.from_config(config).get_layer("head").trainable

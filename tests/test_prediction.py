@@ -1,5 +1,6 @@
 """Class probabilities of arrays and of files."""
 
+import keras
 import numpy as np
 import pytest
 from PIL import Image
@@ -34,9 +35,12 @@ def test_probabilities_are_the_softmax_of_the_logits(padding, monkeypatch):
     assert keras_vit.predict(padding, images[:0]).shape == (0, 3)
 
 
-def test_fewer_large_images_are_predicted_at_once():
+def test_fewer_large_images_and_many_patches_are_predicted_at_once():
     shapes = [(32, 32, 3), (512, 512, 3), (8192, 8192, 3)]
-    assert [prediction.batch_size(shape) for shape in shapes] == [256, 21, 1]
+    inputs = [keras.Model(x, x) for x in map(keras.Input, shapes)]
+    assert list(map(prediction.batch_size, inputs)) == [256, 21, 1]
+    small, many = tiny(), tiny((128, 128, 3))  # 65 and 1,025 tokens, 2 heads.
+    assert list(map(prediction.batch_size, (small, many))) == [256, 127]
 
 
 def test_files_are_read_as_the_model_was_trained(padding, tmp_path):

@@ -44,12 +44,15 @@ def test_other_classes_get_a_new_head_that_starts_at_zero(model, images):
     for new in (adapted(model, 3), adapted(model, class_names=["x", "y", "z"])):
         np.testing.assert_array_equal(predict(new, images), np.zeros((6, 3)))
         np.testing.assert_allclose(new.features(images), model.features(images), atol=1e-6)
+    assert model.features(images[:0]).shape == (0, model.features(images).shape[1])
     assert adapted(model, 3).class_names is None
     assert adapted(model, class_names=list("vwxyz")).class_names == tuple("vwxyz")
     assert not predict(adapted(model, class_names=list("vwxyz")), images).any()
 
 
 def test_another_image_size_interpolates_the_positions_and_keeps_everything_else(model):
+    with pytest.raises(ValueError, match="Received: image_shape=64"):
+        adapted(model, image_shape=64)
     new = adapted(model, image_shape=(16, 24, 3))
     assert grid(new) == (4, 6) and new.input_shape == (None, 16, 24, 3)
     before, after = positions_of(model), positions_of(new)

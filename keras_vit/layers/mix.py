@@ -14,13 +14,15 @@ class MixUpCutMix(PipelineLayer):
     Every image is paired with the one at the same position from the end of the
     batch. MixUp (Zhang et al., 2018) blends the pair; CutMix (Yun et al.,
     2019) pastes a box of the second image into the first. The fraction of an
-    image that is kept is uniform between 0 and 1 (the papers' `alpha=1`) and
-    the same for the whole batch.
+    image that is kept is uniform between 0 and 1 (the papers' `alpha=1`), for
+    CutMix before its box is cut off at the border, and the same for the whole
+    batch.
 
     The labels are mixed in the loss: with this layer in its `augmentation`, a
     `VisionTransformer` weights the training loss for the label of an image and
     for that of its partner by `kept`. Labels may be integers, any loss works,
-    and training accuracy refers to the label of the first image.
+    and training accuracy refers to the label of the first image. In another
+    model, nothing mixes the labels: give the layer a dictionary there.
 
     Given a dictionary of images and one-hot labels, like Keras's own `MixUp`
     and `CutMix`, the layer mixes both. Use it this way inside a `tf.data`

@@ -21,8 +21,8 @@ def pack(model, images, titles):
 
     Args:
         model: a `VisionTransformer`.
-        images: uint8 array `(B, H, W, C)`. Only the first ones are used if the attention scores of
-            all exceed 3 MiB; if those of one image do, the mean of its heads is used.
+        images: uint8 array `(B, H, W, C)`. Only the first 12 are used, or fewer if the attention
+            scores of all exceed 3 MiB; if those of one image do, the mean of its heads is used.
         titles: list of strings, one for each image.
 
     Returns:
@@ -32,10 +32,12 @@ def pack(model, images, titles):
         of its row, so small scores are resolved more finely than large ones.
 
     Raises:
-        ValueError: if the model is not a `VisionTransformer`, or if the mean of the heads'
-            attention scores exceeds 3 MiB for a single image.
+        ValueError: if the model is not a `VisionTransformer`, if there are no images, or if the
+            mean of the heads' attention scores exceeds 3 MiB for a single image.
     """
     check_is_vision_transformer(model)
+    if not len(images):
+        raise ValueError(f"Expected at least one image. Received: images.shape={images.shape}")
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
     rows, columns = height // patches.patch_size, width // patches.patch_size

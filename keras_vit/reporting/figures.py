@@ -334,6 +334,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
     class_names = fonts.legible(class_names, load_texts(language)["class"])
     count = len(class_names)
     legible = count <= 20
+    fitted = [_fitted(name, 1.6, 10) for name in class_names]
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
         side = 2.5 + 0.6 * min(count, 20)
         figure, axis = plt.subplots(figsize=(side + 0.3, side))
@@ -341,7 +342,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             labels,
             probabilities.argmax(axis=1),
             labels=np.arange(count),
-            display_labels=class_names if legible else None,
+            display_labels=[name for name, _ in fitted] if legible else None,
             normalize="true",
             include_values=False,
             colorbar=False,
@@ -350,7 +351,13 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             xticks_rotation=45 if legible else "vertical",
             im_kw={"vmin": 0, "vmax": 1},
         )
+        if not legible:
+            some = np.arange(0, count, -(-count // 50))
+            axis.set_xticks(some, some)
+            axis.set_yticks(some, some)
         if legible:
+            labels_of_axes = [*axis.get_xticklabels(), *axis.get_yticklabels()]
+            plt.setp(labels_of_axes, fontsize=min(size for _, size in fitted))
             plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
             for (row, column), rate in np.ndenumerate(np.nan_to_num(display.confusion_matrix)):
                 if round(100 * rate) > 0:
@@ -487,7 +494,7 @@ def _fitted(text, inches, largest, smallest=7):
     character = 0.56  # Mean width of a character, relative to the font size.
     longest = max(map(len, text.splitlines()), default=1)
     size = min(max(72 * inches / (character * longest), smallest), largest)
-    width = int(72 * inches / (character * size) + 0.01)
+    width = max(1, int(72 * inches / (character * size) + 0.01))
     lines = (part for line in text.splitlines() for part in textwrap.wrap(line, width))
     return "\n".join(lines), size
 

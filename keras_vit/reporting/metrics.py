@@ -28,7 +28,7 @@ def flip_averaged_accuracy(model, images, labels, probabilities):
     Returns:
         Float in [0, 1].
     """
-    size = batch_size(images.shape[1:])
+    size = batch_size(model)
     batches = (images[start : start + size] for start in range(0, len(images), size))
     flipped = np.concatenate([predict(model, batch[:, :, ::-1]) for batch in batches])
     return float(np.mean((probabilities + flipped).argmax(axis=1) == labels))

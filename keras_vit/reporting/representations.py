@@ -30,6 +30,7 @@ from keras_vit.reporting.figures import (
     _save,
 )
 from keras_vit.reporting.texts import load_texts, localize
+from keras_vit.transfer import grid
 
 MAX_IMAGES = 64
 MAX_SCORES = 2**24  # At a time: 64 MiB.
@@ -54,7 +55,9 @@ def draw_all(model, images, probabilities, class_names, folder, source=None, lan
     draw_patch_filters(model, folder / "patch_filters.png", **common)
     draw_position_similarity(model, folder / "position_similarity.png", **common)
     path = folder / "attention_distance.png"
-    draw_attention_distance(model, images[:MAX_IMAGES], path, **common)
+    # Those of a folder come class by class.
+    some = images[_spread(len(images), MAX_IMAGES)]
+    draw_attention_distance(model, some, path, **common)
     # Where the model hesitates between two classes, it sees something of both.
     likeliest = probabilities.argsort(axis=1)[:, ::-1][:, :2]
     second = np.take_along_axis(probabilities, likeliest[:, -1:], axis=1)[:, 0]
@@ -141,7 +144,7 @@ def draw_position_similarity(model, path, source=None, language="en"):
             axis.text(0.5, 0.5, texts["none"], ha="center", va="center")
             return _save(figure, path, source)
         mosaic, low, rows, columns = _mosaic(model)
-        height, width = _grid(model)
+        height, width = grid(model)
         cells = max(mosaic.shape)
         figure, axis = plt.subplots(
             figsize=(2 + 6 * mosaic.shape[1] / cells, 0.8 + 6 * mosaic.shape[0] / cells)
@@ -172,7 +175,7 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
     """
     texts = load_texts(language)["figures"]["attention_distance"]
     class_token, patch_size = _has_class_token(model), model.get_layer("patches").patch_size
-    place = {"grid": _grid(model), "patch_size": patch_size, "class_token": class_token}
+    place = {"grid": grid(model), "patch_size": patch_size, "class_token": class_token}
     first = attention_scores(model, images[:1])
     uniform = attention_distance(np.ones_like(first), **place).mean()
     size = max(1, MAX_SCORES // first.size)
@@ -232,7 +235,7 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
         attention_rollout(scores, class_token=class_token, gradients=gradients),
         attention_relevance(scores, gradients),
     ]
-    maps = [patch_weights(x, class_token).reshape(-1, *_grid(model)) for x in maps]
+    maps = [patch_weights(x, class_token).reshape(-1, *grid(model)) for x in maps]
     model_inputs = augmented_for_display(model.augmentation, images)
     both, own = texts["attention_rollout"], texts["class_maps"]
     headings = [
@@ -258,7 +261,7 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
             strength = (relevance - relevance.min()) / max(np.ptp(relevance), 1e-12)
             enlarged = np.kron(strength, np.ones((patch_size, patch_size)))[..., None]
             # In grey, so that the only colour is relevance, on dark and on light images.
-            grey = model_input.mean(axis=-1, keepdims=True)
+            grey = model_input[..., :3].mean(axis=-1, keepdims=True)
             highlighted = _as_bytes(grey + 0.7 * enlarged * (HIGHLIGHT - grey))
             _show_at(axes[4], highlighted, top, width=aspects[1])
         for axis, heading, aspect in zip(axes, headings, [aspects[0], *4 * aspects[1:]]):
@@ -274,9 +277,9 @@ def _mosaic(model):
     Also its smallest value or zero, and the rows and columns of the patches that it has maps of.
     """
     positions = keras.ops.convert_to_numpy(model.get_layer("position_embedding").position)[0]
-    height, width = grid = _grid(model)
-    similarity = position_similarity(positions, grid, _has_class_token(model))
-    rows, columns = (_spread(size, MAX_MAPS) for size in grid)
+    height, width = sizes = grid(model)
+    similarity = position_similarity(positions, sizes, _has_class_token(model))
+    rows, columns = (_spread(size, MAX_MAPS) for size in sizes)
     mosaic = np.full((len(rows), height + 1, len(columns), width + 1), np.nan)
     shown = similarity[np.ix_(rows, columns)]
     mosaic[:, :height, :, :width] = shown.transpose(0, 2, 1, 3)
@@ -290,8 +293,8 @@ def _filter_as_bytes(pattern):
 
 
 def _as_bytes(image):
-    """An image of 0 to 255 in colour."""
-    image = image if image.shape[-1] == 3 else np.repeat(image[..., :1], 3, axis=-1)
+    """An image of 0 to 255 in colour, without alpha."""
+    image = image[..., :3] if image.shape[-1] >= 3 else np.repeat(image[..., :1], 3, axis=-1)
     return np.clip(np.round(image), 0, 255).astype("uint8")
 
 
@@ -302,16 +305,10 @@ def _show_at(axis, picture, top, left=0.0, width=1.0, **options):
     axis.set_axis_off()
 
 
-def _grid(model):
-    """Rows and columns of patches."""
-    patches = model.get_layer("patches")
-    return tuple(size // patches.patch_size for size in patches.input.shape[1:3])
-
-
 def _has_class_token(model):
     return model.pooling == "token"
 
 
 def _spread(size, count):
-    """Indices of up to `count` of `size` rows or columns, evenly spread."""
+    """Indices of up to `count` of `size` things, evenly spread."""
     return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(int))

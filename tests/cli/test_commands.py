@@ -60,6 +60,9 @@ def test_a_run_starts_from_the_weights_of_another_one(place, model, capsys, monk
     assert run("train", *words, f"--init-from={place / 'run'}", "--freeze=2") == 0
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (config["recipe"], config["freeze"], config["embed_dim"]) == ("finetune", 2, 16)
+    report = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"Trained from the weights of {place / 'run'} on" in report
+    assert "channel are those of the weights" in report
     tuned = load_model(tmp_path / "model.keras")
     for name in ("position_embedding", "block_2_mlp_output", "normalization"):
         pairs = zip(tuned.get_layer(name).get_weights(), model.get_layer(name).get_weights())

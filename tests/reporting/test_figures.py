@@ -358,3 +358,21 @@ def test_the_most_frequent_confusions_are_shown_surest_first():
     assert figures._worst_confusions(labels, probabilities, 2).tolist() == [2, 5]
     assert figures._worst_confusions(labels, probabilities, 4).tolist() == [2, 3, 5, 4]
     assert figures._worst_confusions(labels, probabilities, 9).tolist() == [2, 3, 0, 5, 4]
+
+
+def test_a_text_beside_a_very_wide_image_and_an_image_with_alpha_are_drawn():
+    assert figures._fitted("a cat", 1.75 / 40, 10)[0] == "\n".join("acat")
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 4)).astype("uint8")
+    np.testing.assert_array_equal(representations._as_bytes(pixels), pixels[..., :3])
+
+
+def test_a_confusion_matrix_keeps_its_size_beside_long_names(tmp_path):
+    labels = np.arange(3)
+    for names in (["a", "b", "c"], [60 * letter for letter in "abc"]):
+        path = tmp_path / f"{len(names[0])}.png"
+        figures.draw_confusion_matrix(labels, np.eye(3), names, path)
+    short, long = (matplotlib.image.imread(tmp_path / f"{size}.png") for size in (1, 60))
+    filled = [
+        np.all(abs(x[..., :3] - (0.03, 0.19, 0.42)) < 0.02, axis=-1).sum() for x in (short, long)
+    ]
+    assert filled[1] > filled[0] / 3

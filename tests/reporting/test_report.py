@@ -241,6 +241,8 @@ def test_what_does_not_fit_into_a_page_is_left_out(small, monkeypatch):
     monkeypatch.setattr("keras_vit.reporting.explorer.MAX_BYTES", one // HEADS - 1)
     with pytest.raises(ValueError, match=f"Received: model with {one // HEADS}"):
         pack(model, images, list("abcd"))
+    with pytest.raises(ValueError, match="Expected at least one image"):
+        pack(model, images[:0], [])
     assert MAX_BYTES * 4 / 3 < 5 * 2**20  # In base64, and the report's pictures beside it.
 
 

@@ -18,7 +18,7 @@
   // What is shown: the picture, the pixels that the model sees, and its answer; the same of the next picture while it is read.
   const state = { image: 0, query: 0, target: null, pinned: 0, block: blocks, head: "mean", view: "rollout", residual: true, discard: 0 };
   const look = { pixels: 0, gap: 0, veil: 0 };  // Of the drawing, from 0 to 1.
-  let source = null, seen = null, answer = null, maps = null, fractions = [];
+  let source = null, seen = null, answer = null, maps = null, fractions = [], requested = 0;
 
   // The worker has the functions of its script and answers one picture after the other. Where a browser
   // has no workers for files, the page computes by itself.
@@ -29,6 +29,10 @@
       const script = $("#worker").textContent + "const answer = answering(postMessage); onmessage = (event) => answer(event.data);";
       const worker = new Worker(URL.createObjectURL(new Blob([script], { type: "text/javascript" })));
       worker.onmessage = (event) => answered(event.data);
+      worker.onerror = () => {  // Such as a lack of memory.
+        $("#problem").textContent = texts.failed;
+        main.setAttribute("aria-busy", "false");
+      };
       return (message, moved = []) => worker.postMessage(message, moved);
     } catch {
       const here = answering((result) => setTimeout(() => answered(result)));
@@ -69,17 +73,18 @@
 
   // Shows a picture, cuts it into its patches while the worker computes, and shows the answer.
   async function open(blob, name, button = null) {
-    const id = ++state.image, isCurrent = () => id === state.image;
+    const id = ++requested, isCurrent = () => id === state.image;
     $("#problem").textContent = "";
     let bitmap;
     try {
       bitmap = await decoded(blob);
     } catch {
-      if (isCurrent()) $("#problem").textContent = filled(texts.unreadable, { name });
+      if (id === requested) $("#problem").textContent = filled(texts.unreadable, { name });
       return;
     }
     const factor = await factorOf(blob, bitmap);
-    if (!isCurrent()) return;
+    if (id < state.image) return;  // A later one was read faster.
+    state.image = id;
     main.setAttribute("aria-busy", "true");
     const result = computed(bitmap, factor, id);
     for (const other of document.querySelectorAll(".thumbnails button")) other.setAttribute("aria-pressed", other === button);
@@ -192,7 +197,7 @@
     likeliest.forEach((index, place) => {
       // Rows stay, so that their bars move from one answer to the next.
       const row = list.children[place] ?? element("li", list);
-      if (!row.children.length) ["span", "output", "i"].forEach((name) => element(name, row));
+      if (!row.children.length) ["span", "span", "i"].forEach((name) => element(name, row));
       row.children[0].textContent = classes[index];
       row.children[1].textContent = percent(probabilities[index], 1);
       requestAnimationFrame(() => row.style.setProperty("--part", `${100 * probabilities[index]}%`));
@@ -201,7 +206,7 @@
     $("#label").hidden = !label;
     $("#said").textContent = likeliest.slice(0, 3).map((index) => `${classes[index]} ${percent(probabilities[index], 0)}`).join(", ");
     $("#facts").textContent = filled(texts.facts, {
-      parameters: (model.sizes.parameters / 1e6).toFixed(1).replace(".", explorer.decimal),
+      parameters: model.sizes.parameters.toLocaleString(language),
       milliseconds: found.milliseconds.toFixed(0),
     });
     maps = attentionMaps(model.sizes, (block, head, i) => {
