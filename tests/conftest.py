@@ -4,13 +4,9 @@ import os
 import pathlib
 import shutil
 
-import keras
 import numpy as np
 import pytest
 from PIL import Image
-
-from keras_vit import load_dataset
-from keras_vit_cli import main
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--batch-size=8"]
 CLASSES = {
@@ -36,6 +32,8 @@ def cifar10_on_disk():
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     if not (pathlib.Path(folder).expanduser() / "cifar10").exists():
         pytest.skip("CIFAR-10 is not on disk")
+    from keras_vit import load_dataset  # The process that only distributes tests needs no Keras.
+
     return load_dataset("cifar10")
 
 
@@ -52,6 +50,10 @@ def place(tmp_path_factory):
 
     The model is trained once from the command line; many tests read the results.
     """
+    import keras
+
+    from keras_vit_cli import main
+
     root = tmp_path_factory.mktemp("place")
     for name, channel in CLASSES.items():
         (root / "images" / name).mkdir(parents=True)

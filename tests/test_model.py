@@ -57,6 +57,10 @@ def make_model(seed=0, **changes):
 
 
 def predict(model, images):
+    return ops.convert_to_numpy(model(images, training=False))
+
+
+def by_predict(model, images):
     return np.asarray(model.predict(images, verbose=0))
 
 
@@ -293,22 +297,22 @@ def test_adapt_and_set_weights_take_effect_after_predict_evaluate_and_fit():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.0), loss)
     model.fit(images, labels, verbose=0)
-    first, first_loss = predict(model, images), model.evaluate(images, labels, verbose=0)
+    first, first_loss = by_predict(model, images), model.evaluate(images, labels, verbose=0)
     model.adapt(images // 2)
-    second, second_loss = predict(model, images), model.evaluate(images, labels, verbose=0)
+    second, second_loss = by_predict(model, images), model.evaluate(images, labels, verbose=0)
     assert np.abs(second - first).max() > 0.1 and abs(second_loss - first_loss) > 0.01
     np.testing.assert_allclose(second, inferred(model, images), atol=1e-5)
     other.adapt(images // 3)
     model.set_weights(other.get_weights())
-    np.testing.assert_allclose(predict(model, images), predict(other, images), atol=1e-5)
+    np.testing.assert_allclose(by_predict(model, images), by_predict(other, images), atol=1e-5)
 
 
 def test_uint8_and_float_images_give_equal_logits(model):
     images = random_images(4, 6, 8, 8, 3)
-    expected = predict(model, images)
+    expected = by_predict(model, images)
     assert np.abs(expected).max() > 0.1
     for dtype in ("float32", "float64", "int32"):
-        np.testing.assert_allclose(predict(model, images.astype(dtype)), expected, atol=1e-6)
+        np.testing.assert_allclose(by_predict(model, images.astype(dtype)), expected, atol=1e-6)
 
 
 def nested(model):
@@ -327,7 +331,7 @@ def nested(model):
 @pytest.mark.parametrize("kind", ["itself", "Sequential", "functional", "cut", "cut within"])
 def test_inference_is_the_default_when_training_is_not_passed(model, kind):
     images, whole = random_images(5, 6, 8, 8, 3), nested(model)[kind]
-    expected = predict(whole, images)
+    expected = by_predict(whole, images)
     for _ in range(2):
         np.testing.assert_allclose(inferred(whole, images), expected, atol=1e-5)
     again = keras.models.clone_model(whole)
@@ -342,7 +346,7 @@ def test_compiled_and_exported_functions_run_in_inference_mode(model, kind, tmp_
     import tensorflow as tf
 
     images, whole = random_images(5, 6, 8, 8, 3).astype("float32"), nested(model)[kind]
-    expected = predict(whole, images)
+    expected = by_predict(whole, images)
     whole.export(tmp_path / "model", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "model")
     compiled = [tf.function(whole), tf.function(whole, jit_compile=True), loaded.serve]
@@ -363,7 +367,7 @@ def test_random_layers_act_only_in_fit(kind, layer):
     model = make_model(dropout=0.0, augmentation=[layer])
     whole = nested(model)[kind]
     images, labels = random_images(5, 6, 8, 8, 3), np.arange(6) % 5
-    expected = predict(whole, images)
+    expected = by_predict(whole, images)
     np.testing.assert_allclose(inferred(whole, images), expected, atol=1e-5)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=kind != "functional")
     whole.compile(keras.optimizers.SGD(0.0), loss)

@@ -49,7 +49,7 @@ SIZES = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--patc
 # 12 steps in an epoch, which leaves out one of 97 images.
 TRAIN = [*DATA, *SIZES, "--epochs=3", "--save-every=2", "--dropout=0.2"]
 LONG = [*TRAIN, "--epochs=60"]  # For runs that are stopped.
-KILLS = 5  # Of each of two processes
+KILLS = 2  # Of each of two processes
 
 
 # What runs in a program of its own.
@@ -537,7 +537,7 @@ def has_started(folder, before, process):
 @needs_jax
 @pytest.mark.faults
 def test_a_killed_process_ends_the_other_and_all_resume_without_loss(pair, tmp_path):
-    """Each process is killed five times in a run that ends as one that was never killed."""
+    """Each process is killed twice in a run that ends as one that was never killed."""
     expected, killed = tmp_path / "uninterrupted", tmp_path / "killed"
     recipe = [*TRAIN, "--epochs=30"]
     finish(pair(expected, *recipe), expected)
