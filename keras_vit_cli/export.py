@@ -49,7 +49,8 @@ def run(options):
     for package in output_format.packages:
         backend.require(package, f"--format {options.format}")
     # Other runtimes compute in float32, also what was trained in bfloat16.
-    model = adapted(load_model(options.model), dtype="float32")
+    source_model = load_model(options.model)
+    model = adapted(source_model, dtype="float32")
     images = np.random.default_rng(0).integers(0, 256, (256, *model.input_shape[1:]))
     source = "256 images of noise"
     if options.dataset:
@@ -62,7 +63,9 @@ def run(options):
             if not options.output.parent.exists():
                 make_output(options.output.parent)
             if options.format in WEIGHTS:
-                output_format.write(model, options.output)
+                # A `.keras` file also keeps which layers are frozen.
+                as_it_is = options.format == "keras"
+                output_format.write(source_model if as_it_is else model, options.output)
                 largest = output_format.largest_difference
             else:
                 is_file = bool(output_format.suffix)

@@ -202,7 +202,8 @@ def warn_of_seen(pretrained, dataset, settings):
         if (parent.get("validation"), parent.get("seed")) == (settings.validation, settings.seed):
             return  # The images that it was validated on, too.
     held_out = [x for x in dataset.manifest if x.split == VALIDATION]
-    seen = sum(x.digest[:SHORT] in set(pretrained.seen) for x in held_out)
+    known = frozenset(pretrained.seen)
+    seen = sum(x.digest[:SHORT] in known for x in held_out)
     if seen:
         warn(
             f"{settings.init_from} was trained or validated on {seen:,} of the {len(held_out):,} "

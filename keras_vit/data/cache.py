@@ -153,6 +153,7 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
                 print(f"Checking {len(files):,} images, once: unreadable ones are left out")
                 unreadable = _read_all(paths, size, resize)
             else:
+                errors.unlink(missing_ok=True)  # Without it, the new array counts as unfinished.
                 with atomic_write(array) as part:
                     unreadable = _decode(paths, size, resize, part, place)
             write_json(
@@ -214,12 +215,14 @@ def stored(identity, shape, parts, other=None):
     Returns:
         uint8 array and int64 array; None if the images do not fit into the cache.
     """
-    kept = [pathlib.Path(str(other.filename))] if isinstance(other, np.memmap) else []
     with _cache() as place:
+        kept, taken = [], 0
+        if isinstance(other, np.memmap):
+            kept, taken = [place / pathlib.Path(str(other.filename)).name], other.nbytes
         array = place / f"{_digest_of_text(json.dumps([VERSION, *identity]))}.npy"
         beside = array.with_suffix(".json")
         if not (array.exists() and beside.exists()):
-            if reason := _too_large(shape, place, other.nbytes if kept else 0):
+            if reason := _too_large(shape, place, taken):
                 print(f"{reason}: they are read as they are needed")
                 return None
             _remove_abandoned(place)
@@ -244,7 +247,10 @@ def _too_large(shape, place, kept=0):
     free = shutil.disk_usage(place).free
     if size <= min(limit - kept, free):
         return None
-    which = f"the cache's {limit / 2**30:,.4g} GiB" if limit <= free else f"what is free in {place}"
+    which = f"what is free in {place}"
+    if limit - kept <= free:
+        beside = f" beside {kept / 2**30:,.4g} GiB of test images" if kept else ""
+        which = f"the cache's {limit / 2**30:,.4g} GiB{beside}"
     return (
         f"{shape[0]:,} images of {shape[1]}x{shape[2]} pixels take {size / 2**30:,.1f} GiB, more "
         f"than {which}"

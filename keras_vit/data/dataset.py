@@ -97,6 +97,7 @@ class Dataset:
         """The same data without the test images of a folder whose short digest is in `seen`."""
         if self.manifest is None:
             return self
+        seen = frozenset(seen)
         is_new = [x.digest[:SHORT] not in seen for x in self.manifest if x.split == TEST]
         if all(is_new):
             return self
@@ -153,13 +154,16 @@ class Dataset:
         count = len(self.train_labels) - count
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
         pair = subset(self.train_images, held_out), self.train_labels[held_out]
-        kept = kept._without_copies_of_validation()
-        for label in set(range(len(self.class_names))).difference(kept.train_labels):
+        left = kept._without_copies_of_validation()
+        for label in set(range(len(self.class_names))).difference(left.train_labels):
+            reason = "are all held out for validation: hold out fewer"
+            if label in kept.train_labels:
+                reason = "are copies of those held out for validation: add others"
             raise ValueError(
-                f"The training images of class {self.class_names[label]!r} are copies of those "
-                f"held out for validation: add others. Received: {received}"
+                f"The training images of class {self.class_names[label]!r} {reason}. "
+                f"Received: {received}"
             )
-        return kept, pair
+        return left, pair
 
     def _without_copies_of_validation(self):
         """The same data without training images whose content is held out, too."""

@@ -274,11 +274,13 @@ def _facts(config, metrics, model, dataset, language):
         config["learning_rate"], config["epochs"], config["milestones"]
     )
     normalization = model.get_layer("normalization")
+    device, _, cores = metrics["device"].rpartition(", ")  # "cpu, AMD EPYC, 2 cores".
     return {
         "config": config,
         "metrics": metrics,
         "dataset": dataset.name,
         "language": language,
+        **{"device": device, "cores": cores.removesuffix(" cores")},
         "train_count": localize(f"{len(dataset.train_labels):,}", language),
         "test_count": localize(f"{len(dataset.test_labels):,}", language),
         "accuracy": localize(f"{metrics['accuracy']:.2%}", language),

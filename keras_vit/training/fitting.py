@@ -222,7 +222,7 @@ def fit(
 
     with journal.running():
         # The rest of an interrupted epoch: the number of its batches differs from the others'.
-        if journal.skipped:
+        if checkpoint and journal.skipped:
             batches.start_epoch(journal.epoch + 1, journal.skipped)
             if not batches.num_batches:  # The other devices filled one batch more.
                 raise distribution.DistributionError(

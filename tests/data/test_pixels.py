@@ -225,7 +225,7 @@ def test_too_large_images_of_a_folder_are_left_out_and_named(tmp_path, monkeypat
 
 def test_heic_without_its_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    image_files._formats.cache_clear()
+    image_files.formats.cache_clear()
     path = tmp_path / "photo.jpg"
     for brand in (b"heic", b"mif1"):
         path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100))
@@ -236,7 +236,7 @@ def test_heic_without_its_package_is_named(tmp_path, monkeypatch):
     path.write_bytes(b"\0\0\0\x18ftypqt  " + bytes(100))
     with pytest.raises(ImageError, match=re.escape(f"cannot identify image file {str(path)!r}")):
         read_image(path)
-    image_files._formats.cache_clear()
+    image_files.formats.cache_clear()
 
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path):

@@ -67,14 +67,13 @@ def test_growing_keeps_weights_optimizer_and_seeds_and_interpolates_positions(po
     assert all(same) and len(same) > 50
 
 
-def test_a_run_does_not_stop_early_on_small_images(capsys, tmp_path):
+def test_a_run_does_not_stop_early_on_small_images(tmp_path):
     """The validation accuracy cannot rise: the learning rate is tiny."""
     dataset, growing = colours(), {"image_scales": (0.5,), "image_scale_milestones": (0.6,)}
     recipe = small_recipe(epochs=6, early_stopping=1, learning_rate=1e-12, **growing)
     validation = dataset.test_images, dataset.test_labels
     history = fit(small_model(dataset), dataset, recipe, validation=validation, run_dir=tmp_path)
-    assert stages_of(recipe, dataset.image_shape)[0].end == 4 and len(history["loss"]) == 5
-    assert "Stopped early after epoch 5" in capsys.readouterr().out
+    assert len(history["loss"]) > stages_of(recipe, dataset.image_shape)[0].end == 4
 
 
 @pytest.mark.slow
