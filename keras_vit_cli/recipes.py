@@ -155,7 +155,8 @@ RECIPES = {
         description="1.8 million parameters, Muon, TrivialAugment and a wider crop, on images that "
         "grow from 16x16 to 32x32 pixels, for a night on two CPU cores; kernels alone decay.",
         result="90.4 % on CIFAR-10, seed 0, for 1.5e15 FLOP: 2.3 hours on one and two cores of an "
-        "Intel Xeon with AMX, by `--backend torch --precision bfloat16` beside other work.",
+        "Intel Xeon with AMX, by `--backend torch --precision bfloat16` beside other work. 91.4 % "
+        "after 45 more epochs from there, 2.8e15 FLOP in all.",
         epochs=60,
         optimizer="muon",
         learning_rate=2.5e-3,
