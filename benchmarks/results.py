@@ -96,6 +96,14 @@ def group_of(config):
     return config["recipe"] + (f"-from-{parent}" if parent else "")
 
 
+def title_of(run):
+    """What table and pictures call a run: its recipe, and the epochs in all after a first run's."""
+    recipe, parent = run["config"]["recipe"], parent_of(run)
+    if parent is None:
+        return recipe
+    return f"{recipe}, {parent['metrics']['epochs'] + run['metrics']['epochs']} epochs"
+
+
 def parent_of(run):
     """The published run whose weights a run started from; None if it started from nothing."""
     parent = run["config"].get("init_from")
@@ -132,7 +140,7 @@ def read():
 def table(runs):
     """Lines of Markdown: what each recipe reached, and what others published."""
     rows = [f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
-    for group, seeds in runs.items():
+    for seeds in runs.values():
         metrics = [run["metrics"] for run in seeds]
         commands = {command(run["config"]) for run in seeds}
         if len(commands) > 1:
@@ -141,7 +149,7 @@ def table(runs):
         mirrored = [x["flip_averaged_accuracy"] for x in metrics if "flip_averaged_accuracy" in x]
         minutes = statistics.mean(x["training_seconds"] for x in metrics) / 60
         cells = (
-            f"**{group}**",
+            f"**{title_of(seeds[0])}**",
             f"{metrics[0]['parameters'] / 1e6:.1f} M",
             epochs_of(seeds[0]),
             f"{flop(seeds[0]):.1e}",
@@ -226,11 +234,11 @@ def replaced(text, rows):
 def draw(runs, path):
     """Draws loss and accuracy on training images over the epochs, a line for each seed."""
     with _picture(path, columns=2, figsize=(10, 4)) as (left, right):
-        for index, (group, seeds) in enumerate(runs.items()):
+        for index, seeds in enumerate(runs.values()):
             for number, run in enumerate(seeds):
                 history, parent = run["history"], parent_of(run)
                 epochs = history["epoch"] + (parent["metrics"]["epochs"] if parent else 0)
-                label = group if number == 0 else None
+                label = title_of(run) if number == 0 else None
                 style = {"color": f"C{index}", "label": label, "marker": "."}
                 left.plot(epochs, history["loss"], **style)
                 right.plot(epochs, 100 * history["accuracy"], **style)
@@ -242,16 +250,19 @@ def draw(runs, path):
 def draw_accuracy_and_compute(runs, path):
     """Draws test accuracy over the operations of the training: each recipe, and `PEERS`."""
     points = [
-        (group, flop(seeds[0]), 100 * statistics.mean(run["metrics"]["accuracy"] for run in seeds))
-        for group, seeds in runs.items()
+        (seeds[0], flop(seeds[0]), 100 * statistics.mean(x["metrics"]["accuracy"] for x in seeds))
+        for seeds in runs.values()
     ]
     with _picture(path, columns=1, figsize=(8, 5)) as axes:
         ours = {"color": "C0", "zorder": 3}
         axes.scatter(*zip(*((x, y) for _, x, y in points)), label="this package", **ours)
         others = [(row[3], row[4]) for row in PEERS]
         axes.scatter(*zip(*others), facecolor="none", edgecolor="C7", label="published by others")
-        for name, x, y in points:
-            _annotate(axes, f"{name} {y:.1f}", x, y, va="top", color="C0", weight="bold")
+        for run, x, y in points:
+            style = {"va": "top"}
+            if parent_of(run):  # Beside its recipe's.
+                style = {"on_the_left": True, "va": "bottom"}
+            _annotate(axes, f"{title_of(run)} {y:.1f}", x, y, color="C0", weight="bold", **style)
         for name, *_, x, y, _ in PEERS:
             _annotate(axes, f"{name} {y:.1f}", x, y, on_the_left=x < 2e16, va="bottom")
         axes.set(xscale="log", xlabel="operations of the training, FLOP")

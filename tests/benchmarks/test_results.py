@@ -179,9 +179,10 @@ def test_a_run_that_starts_from_a_preset_counts_the_training_before_it(published
     first, second = (runs[name][0] for name in ("baseline", "baseline-from-cifar10-baseline"))
     assert results.flop(second) == 2 * results.flop(first)
     row = results.table(runs)[3]
-    assert row.startswith("| **baseline-from-cifar10-baseline** | 3.2 M | 2 after 2 | 2.3e+14 |")
+    assert row.startswith("| **baseline, 4 epochs** | 3.2 M | 2 after 2 | 2.3e+14 |")
     assert "--epochs 2 --init-from cifar10-baseline`" in row
-    results.draw(runs, tmp_path / "picture.png")
+    for draw in (results.draw, results.draw_accuracy_and_compute):
+        draw(runs, tmp_path / "picture.png")
 
 
 def test_the_table_takes_the_place_of_the_one_before():
