@@ -27,7 +27,8 @@ def choose(backend):
     if platform.machine() in ("x86_64", "AMD64"):
         # TensorFlow's default leaves Intel's kernels off on some AMD processors, twice as slow.
         os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    for name in ("absl", "tensorflow"):  # Such as TensorFlow's advice where images grow.
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def require(package, what):

@@ -26,6 +26,8 @@ import numpy as np
 import pytest
 from conftest import FAULTS
 
+from keras_vit import load_model
+
 pytestmark = [
     pytest.mark.faults,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="for systems with fork and SIGKILL"),
@@ -161,7 +163,7 @@ def result(folder):
     metrics = json.loads((folder / "run" / "metrics.json").read_text())
     metrics = {key: metrics[key] for key in ("accuracy", "loss", "per_class", "epochs")}
     models = {
-        name: [x.tolist() for x in keras.saving.load_model(folder / "run" / name).get_weights()]
+        name: [x.tolist() for x in load_model(folder / "run" / name).get_weights()]
         for name in ("model.keras", "best.keras")
     }
     return metrics, (folder / "run" / "history.csv").read_text(), models
