@@ -63,9 +63,7 @@ def run(options):
             if not options.output.parent.exists():
                 make_output(options.output.parent)
             if options.format in WEIGHTS:
-                # A `.keras` file also keeps which layers are frozen.
-                as_it_is = options.format == "keras"
-                output_format.write(source_model if as_it_is else model, options.output)
+                output_format.write(source_model, options.output)
                 largest = output_format.largest_difference
             else:
                 is_file = bool(output_format.suffix)

@@ -142,7 +142,9 @@ def decoded(folder, files, size, resize="squash", multiple_of=1):
         # A folder that was moved or copied finds its images under their content.
         array = next(place.glob(f"{key}*.npy"), place / f"{key}-{owner}.npy")
         errors = array.with_suffix(".json")
-        is_checked = errors.exists() and not _any_readable(folder, _read_errors(errors))
+        is_checked = errors.exists() and not _any_readable(
+            [folder / path for path in _read_errors(errors)], size, resize
+        )
         is_decoded = is_checked and array.exists()
         reason = None if is_decoded else _too_large((len(files), *size, 3), place)
         if reason:
@@ -176,17 +178,17 @@ def _read_errors(path):
     return json.loads(path.read_text(encoding="utf-8", errors="surrogateescape"))
 
 
-def _any_readable(folder, unreadable):
+def _any_readable(paths, size, resize):
     """Whether a file can be read by now, after a repair or the installation of a package."""
 
     def is_readable(path):
         with contextlib.suppress(ImageError):
-            read_and_measure(folder / path)
+            read_and_measure(path, size, resize=resize)
             return True
         return False
 
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return any(pool.map(is_readable, unreadable))
+        return any(pool.map(is_readable, paths))
 
 
 def remembered(identity, compute):

@@ -351,10 +351,6 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             xticks_rotation=45 if legible else "vertical",
             im_kw={"vmin": 0, "vmax": 1},
         )
-        if not legible:
-            some = np.arange(0, count, -(-count // 50))
-            axis.set_xticks(some, some)
-            axis.set_yticks(some, some)
         if legible:
             labels_of_axes = [*axis.get_xticklabels(), *axis.get_yticklabels()]
             plt.setp(labels_of_axes, fontsize=min(size for _, size in fitted))
@@ -365,8 +361,14 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
                     axis.text(
                         column, row, f"{100 * rate:.0f}", ha="center", va="center", color=colour
                     )
+        else:
+            some = np.arange(0, count, -(-count // 50))
+            axis.set_xticks(some, some)
+            axis.set_yticks(some, some)
         accuracy = np.mean(probabilities.argmax(axis=1) == labels)
-        axis.set_title(texts["title"].format(accuracy=localize(f"{accuracy:.2%}", language)))
+        title = texts["title"].format(accuracy=localize(f"{accuracy:.2%}", language))
+        title, size = _fitted(title, side, 12)
+        axis.set_title(title, fontsize=size, loc="right")  # On the left, names leave it room.
         axis.set_xlabel(texts["predicted"])
         axis.set_ylabel(texts["true"])
         _save(figure, path, source)
