@@ -1,5 +1,6 @@
 """Command lines: which command runs, with which options, and how it ends."""
 
+import contextlib
 import importlib
 import os
 import pathlib
@@ -10,6 +11,9 @@ from keras_vit_cli import backend, settings, streams
 from keras_vit_cli.backend import BACKENDS
 from keras_vit_cli.errors import CommandError, Stopped
 from keras_vit_cli.settings import LANGUAGES, Parser
+
+# Commands that write down layers, for which Keras imports TensorFlow on every backend.
+WRITING = ("train", "explain", "export", "page", "report")
 
 
 def main(arguments=None):
@@ -75,6 +79,9 @@ def _command(name, chosen, distribute=None):
     if distribute:
         backend.distribute(distribute)
     with backend.quiet():
+        if name in WRITING:
+            with contextlib.suppress(ImportError):
+                importlib.import_module("tensorflow")
         # TensorFlow and JAX look for GPUs when they are first asked, and say so.
         importlib.import_module("keras_vit.devices").accelerators()
         image_error = importlib.import_module("keras_vit.data").ImageError

@@ -92,6 +92,19 @@ next(iter(tf.data.Dataset.range(1)))
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+def test_writing_down_layers_writes_nothing_to_stderr():
+    """On JAX, where Keras imports TensorFlow for it."""
+    pytest.importorskip("jax")
+    code = """
+from keras_vit_cli import main
+main._command("page", "jax")
+import keras
+keras.saving.serialize_keras_object(keras.layers.RandomFlip())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("package", ["tensorboard", "tensorflow"])
 def test_tensorboard_that_is_not_installed_says_what_to_install(package, capsys, monkeypatch):
     monkeypatch.setattr(backend, "choose", lambda _: None)
