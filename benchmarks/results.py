@@ -1,7 +1,7 @@
 """The published runs: kept in `results/`, shown in the README's table and in one picture.
 
 `python -m benchmarks.results` rebuilds both from `results/<recipe>/seed-<n>/`, and
-`results/<recipe>-from-<preset>/seed-<n>/` for runs that start from pretrained weights;
+`results/<recipe>-<epochs in all>/seed-<n>/` for runs that start from pretrained weights;
 `python -m benchmarks.results --add RUN` first copies the metrics of a finished run directory.
 """
 
@@ -75,10 +75,10 @@ def add(run_dir):
         raise ValueError(f"the table is about cifar10, not {metrics['dataset']}")
     if "corruptions" in run and run["corruptions"]["clean"] != metrics["accuracy"]:
         raise ValueError("its corruptions.json is about another model: measure it again")
-    folder = RESULTS / group_of(config) / f"seed-{config['seed']}"
+    folder = RESULTS / group_of(run) / f"seed-{config['seed']}"
     others = [run_of(path) for path in folder.parent.glob("seed-*") if path != folder]
     # Raises what a later one would, before anything is written.
-    table({group_of(config): [*others, run]})
+    table({group_of(run): [*others, run]})
     folder.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in config.items() if name not in PLACES}
     # An `.npz` file is named by where it lay.
@@ -90,18 +90,22 @@ def add(run_dir):
     return folder
 
 
-def group_of(config):
-    """Name of the folder of a run's results: its recipe, and the preset that it started from."""
-    parent = config.get("init_from")
-    return config["recipe"] + (f"-from-{parent}" if parent else "")
+def group_of(run):
+    """Name of the folder of a run's results: its recipe, and after a first run all epochs."""
+    recipe = run["config"]["recipe"]
+    return f"{recipe}-{epochs_in_all(run)}" if parent_of(run) else recipe
 
 
 def title_of(run):
-    """What table and pictures call a run: its recipe, and the epochs in all after a first run's."""
-    recipe, parent = run["config"]["recipe"], parent_of(run)
-    if parent is None:
-        return recipe
-    return f"{recipe}, {parent['metrics']['epochs'] + run['metrics']['epochs']} epochs"
+    """What table and pictures call a run: its recipe, and after a first run all epochs."""
+    recipe = run["config"]["recipe"]
+    return f"{recipe}, {epochs_in_all(run)} epochs" if parent_of(run) else recipe
+
+
+def epochs_in_all(run):
+    """Number of epochs of a run and of those before it."""
+    parent = parent_of(run)
+    return run["metrics"]["epochs"] + (epochs_in_all(parent) if parent else 0)
 
 
 def parent_of(run):
@@ -131,7 +135,7 @@ def read():
     """For each recipe, in their order, and what it started from, a list of runs by seed."""
     runs = {}
     for recipe in RECIPES:
-        for name in (recipe, f"{recipe}-from-*"):
+        for name in (recipe, f"{recipe}-[0-9]*"):
             for folder in sorted(RESULTS.glob(f"{name}/seed-*")):
                 runs.setdefault(folder.parent.name, []).append(run_of(folder))
     return runs
@@ -177,7 +181,7 @@ def epochs_of(run):
     """How many epochs a run took, beside those of its recipe or of the run that it started from."""
     recipe, epochs = RECIPES[run["config"]["recipe"]], run["metrics"]["epochs"]
     if parent := parent_of(run):
-        return f"{epochs} after {parent['metrics']['epochs']}"
+        return f"{epochs} after {epochs_in_all(parent)}"
     return str(epochs) if epochs == recipe.epochs else f"{epochs} of {recipe.epochs}"
 
 
@@ -236,8 +240,8 @@ def draw(runs, path):
     with _picture(path, columns=2, figsize=(10, 4)) as (left, right):
         for index, seeds in enumerate(runs.values()):
             for number, run in enumerate(seeds):
-                history, parent = run["history"], parent_of(run)
-                epochs = history["epoch"] + (parent["metrics"]["epochs"] if parent else 0)
+                history = run["history"]
+                epochs = history["epoch"] + epochs_in_all(run) - run["metrics"]["epochs"]
                 label = title_of(run) if number == 0 else None
                 style = {"color": f"C{index}", "label": label, "marker": "."}
                 left.plot(epochs, history["loss"], **style)

@@ -60,7 +60,7 @@ def published(monkeypatch, tmp_path):
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
 
     def finished(seed, accuracy, **settings):
-        run = tmp_path / f"run-{seed}"
+        run = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         run.mkdir()
         config = {"recipe": "baseline", "seed": seed, "dataset": "cifar10", "epochs": 160}
         config |= {"data_dir": "/home/me", "output": str(run), **settings}
@@ -174,13 +174,17 @@ def test_a_run_that_starts_from_a_preset_counts_the_training_before_it(published
     with pytest.raises(ValueError, match="--init-from cifar10-baseline was trained on is not"):
         results.add(published(1, 0.9, **more))
     results.add(published(0, 0.8))
-    assert results.add(published(2, 0.9, **more)).parent.name == "baseline-from-cifar10-baseline"
+    assert results.add(published(0, 0.9, **more)).parent.name == "baseline-4"
+    third = {**more, "init_from": "cifar10-baseline-4"}
+    assert results.add(published(0, 0.9, **third)).parent.name == "baseline-6"
     runs = results.read()
-    first, second = (runs[name][0] for name in ("baseline", "baseline-from-cifar10-baseline"))
-    assert results.flop(second) == 2 * results.flop(first)
+    assert list(runs) == ["baseline", "baseline-4", "baseline-6"]
+    first, *others = (results.flop(run) for (run,) in runs.values())
+    assert others == [2 * first, 3 * first]
     row = results.table(runs)[3]
     assert row.startswith("| **baseline, 4 epochs** | 3.2 M | 2 after 2 | 2.3e+14 |")
     assert "--epochs 2 --init-from cifar10-baseline`" in row
+    assert results.table(runs)[4].startswith("| **baseline, 6 epochs** | 3.2 M | 2 after 4 | ")
     for draw in (results.draw, results.draw_accuracy_and_compute):
         draw(runs, tmp_path / "picture.png")
 
