@@ -82,7 +82,8 @@ def position_similarity(
     if positions.ndim != 2 or len(positions) != rows * columns + class_token:
         raise ValueError(
             f"Expected `positions` of shape ({rows * columns + class_token}, embed_dim) for "
-            f"grid={grid} and class_token={class_token}. "
+            f"grid={grid} and class_token={class_token}; pass class_token=False for a model that "
+            "pools by mean. "
             f"Received: positions.shape={positions.shape}"
         )
     positions = positions[int(class_token) :]

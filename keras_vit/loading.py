@@ -43,7 +43,10 @@ def load_model(path: str | os.PathLike[str]) -> keras.Model:
         advice = f"Did you mean {found}?" if found else "It holds no model.keras."
         raise ModelError(f"{path} is a folder. {advice}")
     if path.suffix != ".keras":  # Keras would read it as a legacy format.
-        raise ModelError(f"{path} does not end in .keras, the suffix of Keras model files")
+        raise ModelError(
+            f"{path} does not end in .keras, the suffix of Keras model files. Presets and "
+            ".safetensors files are loaded by keras_vit.VisionTransformer.from_preset"
+        )
     check_archive(path)
     try:
         return keras.saving.load_model(path, safe_mode=True)
@@ -77,7 +80,7 @@ def check_archive(path: str | os.PathLike[str], largest: float = LARGEST) -> Non
             total = sum(member.file_size for member in archive.infolist())
             if total > largest:
                 raise ModelError(
-                    f"{path} unpacks to {total:,} bytes, at most {largest:,} are allowed"
+                    f"{path} unpacks to {total:,} bytes; at most {largest:,} are allowed"
                 )
             damaged = archive.testzip()
     except ModelError:

@@ -1,4 +1,16 @@
-"""The Vision Transformer as one functional graph, from raw pixels to logits."""
+"""The Vision Transformer as one functional graph, from raw pixels to logits.
+
+After augmentation and normalization, its layers are those of figure 1 of Dosovitskiy et al. (2021),
+for the blocks `i` from 1 to `depth`:
+
+    z_0  = [class; patches E] + positions  patches, patch_embedding, class_token, position_embedding
+    z'_i = MSA(LN(z_i-1)) + z_i-1          block_<i>_attention_norm, _attention, _attention_sum
+    z_i  = MLP(LN(z'_i)) + z'_i            block_<i>_mlp_norm, _mlp_hidden, _mlp_output, _mlp_sum
+    y    = LN(z_depth)[0]                  norm, class_token_output
+
+`head` turns `y` into logits. With `pooling="mean"` there is no class token, and `y` is the mean
+over the patches. The last block computes only the tokens that the head reads.
+"""
 
 import math
 import os
@@ -287,9 +299,15 @@ class VisionTransformer(keras.Model):
             images: array `(B, H, W, C)` of raw pixels.
 
         Raises:
-            ValueError: if there are no images, or if they do not have the model's
-                input shape.
+            ValueError: if the images are no array, if there are none, or if they do not have the
+                model's input shape.
         """
+        if not hasattr(images, "shape"):
+            raise ValueError(
+                "Expected `images` to be an array of shape (B, H, W, C): convert a list by "
+                "`np.stack`, and the batches of a data set by `np.concatenate`. "
+                f"Received: images of type {type(images).__name__}"
+            )
         if tuple(images.shape[1:]) != self.input_shape[1:] or not len(images):
             expected = ", ".join(map(str, self.input_shape[1:]))
             raise ValueError(

@@ -44,7 +44,10 @@ def predict(
     ['cat', 'dog']
     """
     if isinstance(images, (str, os.PathLike)):
-        raise ValueError(f"Expected `images` to be a list of paths. Received: images={images!r}")
+        raise ValueError(
+            f"Expected `images` to be a list of paths, such as [{str(images)!r}]. "
+            f"Received: images={images!r}"
+        )
     parts = [np.empty((0, model.output_shape[-1]))]
     size = batch_size(model)
     for start in range(0, len(images), size):

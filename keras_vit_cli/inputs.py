@@ -91,7 +91,9 @@ def check_shape(model, path, dataset):
     """Raises a `CommandError` unless the images of a data set have the model's input shape."""
     expected, found = tuple(model.input_shape[1:]), tuple(dataset.image_shape)
     if expected != found:
-        raise CommandError(f"{path} takes images of {expected}, {dataset.name} has {found}")
+        raise CommandError(
+            f"{path} takes images of shape {expected}, but those of {dataset.name} have {found}"
+        )
 
 
 def check_classes(model, dataset):

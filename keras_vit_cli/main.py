@@ -143,7 +143,10 @@ def parse(arguments):
 
     for command in (evaluate, predict, explain, features, export, page):
         command.add_argument(
-            "model", metavar="MODEL", type=_path, help="a .keras file, a run directory or a preset"
+            "model",
+            metavar="MODEL",
+            type=_path,
+            help="a .keras or .safetensors file, a run directory or a preset",
         )
     for command in (predict, explain, features):
         command.add_argument(
@@ -184,7 +187,7 @@ def parse(arguments):
     output_format.add_argument("--json", action="store_true", help="one JSON object per image")
     output_format.add_argument("--csv", action="store_true", help="one line per image")
     predict.add_argument(
-        "--top", metavar="N", type=int, default=5, help="classes of an image (default: 5)"
+        "--top", metavar="N", type=int, default=5, help="classes to print for an image (default: 5)"
     )
     explain.add_argument(
         "--target",
@@ -195,16 +198,21 @@ def parse(arguments):
     )
     explain.add_argument("--html", action="store_true", help="the attention explorer as well")
     explain.add_argument(
-        "--language", choices=LANGUAGES, default="en", help="of pictures and explorer"
+        "--language",
+        choices=LANGUAGES,
+        default="en",
+        help="language of the pictures and the explorer",
     )
-    page.add_argument("--language", choices=LANGUAGES, default="en", help="of the page")
+    page.add_argument("--language", choices=LANGUAGES, default="en", help="language of the page")
     export.add_argument(
         "--format",
         metavar="NAME",
         required=True,
         help="onnx, saved_model, litert, timm (weights for PyTorch) or keras (half precision)",
     )
-    report.add_argument("--language", choices=LANGUAGES, help="its language (default: the run's)")
+    report.add_argument(
+        "--language", choices=LANGUAGES, help="language of the report (default: the run's)"
+    )
     cache.add_argument("--clear", action="store_true", help="remove all decoded images")
     cache.set_defaults(backend=None)
     options = parser.parse_args(arguments)

@@ -64,7 +64,8 @@ def _test_images(model, options):
         data_dir = options.data_dir or settings.data_dir
         return load_suitable(model, options.model, settings.dataset, data_dir).without(model.seen)
     except CommandError as error:
-        warn(f"The page begins without images, because {error}. Name others with --dataset.")
+        reason = str(error).rstrip(".")
+        warn(f"The page begins without images: {reason}. Name others with --dataset.")
         return None
 
 

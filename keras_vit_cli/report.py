@@ -59,7 +59,7 @@ def _loaded(model, run_dir, source, data_dir):
     try:
         return load_suitable(model, run_dir.model, source, data_dir)
     except CommandError as error:
-        raise CommandError(f"{error}{MOVED_DATA}") from error
+        raise CommandError(f"{str(error).rstrip('.')}{MOVED_DATA}") from error
 
 
 def draw(model, dataset, recipe, probabilities, history, folder, language):

@@ -141,7 +141,7 @@ def _read(file, size, channels, resize):
         most = MOST_PIXELS if decoded == count else MOST_PIXELS_OF_JPEG
         if count > most or decoded > MOST_PIXELS:
             raise TooLarge(
-                f"{TooLarge.START}{count:,} pixels, at most {most:,} are read. Save a smaller copy"
+                f"{TooLarge.START}{count:,} pixels; at most {most:,} are read. Save a smaller copy"
             )
         pixels, used = in_8_bits(image)
         # Pillow itself turns a TIFF.

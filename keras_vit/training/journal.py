@@ -275,7 +275,7 @@ class Journal(keras.callbacks.Callback):
             raise Diverged(
                 f"the loss is {loss} in epoch {self.epoch + 1}, step {self._done} of "
                 f"{self._total}: "
-                f"training diverged at a learning rate of {self._learning_rate():g}, try a smaller "
+                f"training diverged at a learning rate of {self._learning_rate():g}. Try a smaller "
                 "one"
             )
 

@@ -42,7 +42,8 @@ class Muon(keras.optimizers.Muon):
 
     Example:
 
-    >>> model.compile(keras_vit.Muon(1e-3), loss="sparse_categorical_crossentropy")
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model.compile(keras_vit.Muon(1e-3), loss=loss, metrics=["accuracy"])
     """
 
     def __init__(
