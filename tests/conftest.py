@@ -1,5 +1,6 @@
 """Fixtures and data that several tests share; CIFAR-10 is read from `TFDS_DATA_DIR`."""
 
+import functools
 import os
 import pathlib
 import shutil
@@ -27,6 +28,7 @@ if PREPARED.is_dir():
     os.environ.setdefault("TFDS_DATA_DIR", str(PREPARED))
 
 
+@functools.cache
 def cifar10_on_disk():
     """CIFAR-10; skips the test if it is not on disk, instead of downloading 160 MB."""
     folder = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")

@@ -336,8 +336,9 @@ def test_inference_is_the_default_when_training_is_not_passed(model, kind):
         np.testing.assert_allclose(inferred(whole, images), expected, atol=1e-5)
     again = keras.models.clone_model(whole)
     np.testing.assert_array_equal(inferred(again, images), inferred(again, images))
-    assert np.abs(in_training(whole, images) - expected).max() > 1e-2
-    assert np.abs(in_training(whole, images) - in_training(whole, images)).max() > 1e-2
+    one, other = (in_training(whole, images) for _ in range(2))
+    assert np.abs(one - expected).max() > 1e-2
+    assert np.abs(one - other).max() > 1e-2
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="formats of TensorFlow")
@@ -513,7 +514,7 @@ def test_a_quantized_model_is_loaded_as_it_was_saved(mode, tmp_path):
 
 def test_a_loaded_model_can_be_adapted_and_saved_again(saved, tmp_path):
     once = keras.saving.load_model(saved)
-    images = random_images(13, 20, 8, 8, 3)
+    images = random_images(13, 6, 8, 8, 3)
     once.adapt(images // 2)
     once.save(tmp_path / "twice.keras")
     twice = keras.saving.load_model(tmp_path / "twice.keras")

@@ -2,7 +2,6 @@ import re
 import sys
 import types
 
-import keras
 import numpy as np
 import pytest
 from conftest import cifar10_on_disk
@@ -11,11 +10,8 @@ from sklearn.datasets import load_digits
 
 from keras_vit import load_dataset
 from keras_vit.data import (
-    Batches,
-    Dataset,
     DatasetError,
     DatasetUnavailable,
-    DeviceBatches,
     StreamedImages,
     images,
     load_unseen,
@@ -25,24 +21,10 @@ from keras_vit.data.dataset import digest
 from keras_vit.data.images import ImageError
 from keras_vit.data.tfds import RESIZED_SIDE
 
-on_jax = pytest.mark.skipif(keras.backend.backend() != "jax", reason="for JAX alone")
-
 
 @pytest.fixture(scope="module")
 def digits():
     return load_dataset("digits")
-
-
-def numbered(count=100, classes=4):
-    """A data set whose pixels are the index of the image, so that the order can be read."""
-    indices = np.arange(count)
-    images = np.broadcast_to(indices[:, None, None, None], (count, 4, 4, 3)).astype("uint8")
-    names = [f"class {number}" for number in range(classes)]
-    return Dataset("numbered", images, indices % classes, images[:8], indices[:8] % 4, names, True)
-
-
-def read_order(batches):
-    return np.concatenate([batches[i][0][:, 0, 0, 0] for i in range(batches.num_batches)])
 
 
 def test_digits_are_rgb_images_of_32x32_pixels(digits):
@@ -351,66 +333,6 @@ def test_cifar10_has_the_published_statistics():
     assert dataset.horizontal_flip
 
 
-def test_an_epoch_shows_every_image_once():
-    dataset = numbered()
-    batches = Batches(dataset.train_images, dataset.train_labels, batch_size=32, seed=0)
-    assert [len(batches[i][1]) for i in range(batches.num_batches)] == [32, 32, 32, 4]
-    assert sorted(read_order(batches)) == list(range(100))
-    images, labels = batches[0]
-    assert np.array_equal(images[:, 0, 0, 0] % 4, labels)
-
-
-def test_the_order_of_images_depends_only_on_seed_and_epoch():
-    dataset = numbered()
-    arrays = dataset.train_images, dataset.train_labels
-
-    def order(seed, epochs, batch_size=32):
-        batches = Batches(*arrays, batch_size, seed)
-        for epoch in epochs:
-            np.random.seed()
-            batches.start_epoch(epoch)
-        return read_order(batches)
-
-    third = order(1, [1, 2, 3])
-    assert np.array_equal(third, order(1, [3], batch_size=10))
-    assert not np.array_equal(third, order(1, [1, 2]))
-    assert not np.array_equal(third, order(2, [3]))
-
-
-def test_held_out_images_are_removed_from_the_training_set():
-    dataset = numbered()
-    kept, (images, labels) = dataset.hold_out(20, seed=0)
-    held, left = set(images[:, 0, 0, 0]), set(kept.train_images[:, 0, 0, 0])
-    assert len(held) == 20 and len(left) == 80 and not held & left
-    assert np.bincount(labels).tolist() == [5] * 4
-    assert np.array_equal(kept.test_images, dataset.test_images)
-    _, (again, _) = dataset.hold_out(20, seed=0)
-    _, (other, _) = dataset.hold_out(20, seed=1)
-    assert np.array_equal(images, again) and not np.array_equal(images, other)
-
-
-def test_a_limited_training_set_is_stratified():
-    limited = numbered().limit_train(40, seed=0)
-    assert np.bincount(limited.train_labels).tolist() == [10] * 4
-    dataset = numbered()
-    for count in (100, 1000):
-        full = dataset.limit_train(count, seed=0)
-        np.testing.assert_array_equal(full.train_images, dataset.train_images)
-
-
-@pytest.mark.parametrize("count", [1, 3, 97])
-def test_a_split_needs_at_least_as_many_images_as_classes_on_either_side(count):
-    with pytest.raises(ValueError, match=rf"images of 4 .*Received: limit_train={count}"):
-        numbered().limit_train(count, seed=0)
-    with pytest.raises(ValueError, match=rf"images of 4 .*Received: validation={count}"):
-        numbered().hold_out(count, seed=0)
-
-
-def test_no_more_images_can_be_held_out_than_there_are():
-    with pytest.raises(ValueError, match="has 100 training images.*Received: validation=5000"):
-        numbered().hold_out(5000, seed=0)
-
-
 def arrays(**changes):
     """The arrays of an `.npz` file of small images."""
     images, labels = np.arange(6 * 48, dtype="uint8").reshape(6, 4, 4, 3), np.arange(6) % 3
@@ -496,6 +418,7 @@ def test_a_model_is_tested_on_an_npz_file_without_training_images(tmp_path, caps
     assert dataset.test_labels.tolist() == [0, 0] and dataset.class_names == ["c", "b", "a"]
     assert left_out == {"of classes that the model was not trained on (x)": 1}
     assert np.array_equal(dataset.test_images, content["x_test"][[0, 2]])
+    assert dataset.test_indices.tolist() == [0, 2]
     with pytest.raises(DatasetError, match=r"\(d, e\) differ from those of data \(x, b, c\)"):
         load_unseen(source, size, ["d", "e"], ())
     with pytest.raises(DatasetError, match="does not contain x_train"):
@@ -561,20 +484,3 @@ def test_a_file_that_is_not_an_npz_archive_is_refused(content, tmp_path):
         path.write_bytes(content)
     with pytest.raises(DatasetError, match=r"data\.npz"):
         load_dataset(str(path))
-
-
-@on_jax
-@pytest.mark.parametrize("limit", [0, 2**20], ids=["on the host", "on the device"])
-def test_batches_gathered_on_the_device_equal_those_of_the_host(limit, monkeypatch):
-    monkeypatch.setattr("keras_vit.data.batches.RESIDENT_BYTES", limit)
-    data = numbered()
-    pair = [
-        kind(data.train_images, data.train_labels, batch_size=16, seed=3)
-        for kind in (Batches, DeviceBatches)
-    ]
-    for batches in pair:
-        batches.start_epoch(2)
-    assert isinstance(pair[1].images, np.ndarray) == (limit == 0)
-    for index in range(pair[0].num_batches):
-        for ours, theirs in zip(pair[1][index], pair[0][index], strict=True):
-            assert np.array_equal(ours, theirs)
