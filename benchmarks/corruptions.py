@@ -71,10 +71,11 @@ def main():
         path = options.run / "model.keras"
         model = load_model(path)
         dataset = load_suitable(model, path, config["dataset"], config.get("data_dir"))
+        dataset = dataset.without(model.seen)
     except (OSError, ValueError, KeyError, TypeError, CommandError) as error:
         parser.error(f"{options.run} is not the folder of a finished run: {error}")
 
-    images, labels = dataset.test_images, dataset.test_labels
+    images, labels = dataset.test_images[:], dataset.test_labels
 
     def accuracy(images):
         return float((predict(model, images).argmax(axis=1) == labels).mean())

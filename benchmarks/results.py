@@ -191,12 +191,14 @@ def flop(run):
 
     config = run["config"]
     changed = {x.name: config[x.name] for x in RECIPE_OPTIONS if x.name in config}
-    changed["epochs"] = run["metrics"]["epochs"]
     recipe = dataclasses.replace(RECIPES[config["recipe"]], **changed)
-    images = config.get("limit_train") or 50_000 - config.get("validation", 0)
+    images = 50_000 - config.get("validation", 0)
+    images = min(config.get("limit_train") or images, images)
     parent = parent_of(run)
     before = flop(parent) if parent else 0
-    return before + images * sum(costs_of_epochs(recipe, (32, 32, 3)))
+    # An early stop leaves out the last epochs.
+    costs = costs_of_epochs(recipe, (32, 32, 3))[: run["metrics"]["epochs"]]
+    return before + images * sum(costs)
 
 
 def spread(values):

@@ -123,7 +123,8 @@ def attention_distance(
     if rows * columns + class_token != scores.shape[-1]:
         raise ValueError(
             f"Expected `grid` to have {scores.shape[-1] - class_token} patches, as `scores` with "
-            f"class_token={class_token} have. Received: grid={grid}"
+            f"class_token={class_token} have; pass class_token=False for a model that pools by "
+            f"mean. Received: grid={grid}"
         )
     centers = patch_size * np.indices((rows, columns)).reshape(2, -1)
     distances = np.hypot(*(centers[:, :, None] - centers[:, None])).astype(scores.dtype)
@@ -145,7 +146,7 @@ def attention_rollout(
 
     In each block the heads are fused into one matrix, which is averaged with the identity for the
     residual connection; its rows are normalized to sum to one. The product of these matrices,
-    from the first block to the last, is the weight of each input token in each output token.
+    the last block's on the left, is the weight of each input token in each output token.
 
     The rollout is the same for every class. With `gradients`, it is that of one class: each score
     is multiplied by its gradient before the heads are fused, and what is negative after that is
@@ -232,14 +233,25 @@ def patch_weights(rollout: np.ndarray, class_token: bool = True) -> np.ndarray:
     Returns:
         Array `(B, N)`, one weight for each patch, row by row. Those of a rollout sum to one; with
         a class token, to one minus the weight of the class token.
+
+    Raises:
+        ValueError: if the rollout has another shape.
     """
+    rollout = np.asarray(rollout)
+    if rollout.ndim != 3 or rollout.shape[1] != rollout.shape[2]:
+        raise ValueError(
+            "Expected `rollout` of shape (batch, tokens, tokens), as `attention_rollout` returns. "
+            f"Received: rollout.shape={rollout.shape}"
+        )
     return rollout[:, 0, 1:] if class_token else rollout.mean(axis=1)
 
 
 def _checked_inputs(model, images):
     """The arrays of a model's inputs, if its attention scores for them can be collected."""
     _check_graph(model)
-    if len(model.inputs) == 1 and not isinstance(images, dict):
+    if isinstance(images, dict) and not isinstance(model.input, dict):  # By name, as in Keras.
+        images = [images[x.name] for x in model.inputs]
+    elif len(model.inputs) == 1 and not isinstance(images, dict):
         images = np.asarray(images)
     inputs, expected = keras.tree.flatten(images), [tuple(x.shape) for x in model.inputs]
     shapes = [tuple(x.shape) for x in inputs]

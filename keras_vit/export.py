@@ -69,7 +69,7 @@ def write(model, path, format):
     Args:
         model: a model from `served`.
         path: `Path` of the file, or of the folder for `"saved_model"`.
-        format: string, one of `FORMATS`.
+        format: string, `"onnx"`, `"saved_model"` or `"litert"`.
     """
     shape = (None, *model.input_shape[1:])
     signature = [keras.layers.InputSpec(shape=shape, dtype="float32", name="images")]

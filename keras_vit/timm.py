@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_vit.files import atomic_write
 from keras_vit.loading import ModelError
-from keras_vit.model import VisionTransformer
+from keras_vit.model import VisionTransformer, layers_in_inference
 from keras_vit.transfer import check_not_quantized
 
 # Head counts of timm's own architectures, whose names start with these.
@@ -37,11 +37,17 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
         path: `Path` of the file.
 
     Raises:
-        ValueError: if the model is quantized.
+        ValueError: if the model is quantized, or if its augmentation changes images in inference.
     """
     from safetensors.numpy import save_file
 
     check_not_quantized(model)
+    if acting := layers_in_inference(model):
+        raise ValueError(
+            "Expected a model that takes images as they are, as timm's does: a layer that resizes "
+            "or rescales them would be left out. "
+            f"Received: {', '.join(layer.name for layer in acting)}"
+        )
     config = model.get_config()
     height, width, channels = config["image_shape"]
     normalization = model.get_layer("normalization")
@@ -66,6 +72,7 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
         "mean": (mean / 255).tolist(),
         "std": (scale / 255).tolist(),
         "class_names": config["class_names"],
+        "resize": model.resize,
     }
     tensors = {
         name: np.ascontiguousarray(array, "float32") for name, array in _to_timm(model).items()
@@ -75,7 +82,7 @@ def write_timm(model: VisionTransformer, path: pathlib.Path) -> None:
 
 
 def read_timm(path: str | os.PathLike[str]) -> VisionTransformer:
-    """Reads a `.safetensors` file of timm's `VisionTransformer`, such as a download of its hub.
+    """Reads a `.safetensors` file of timm's `VisionTransformer`, as the Hugging Face Hub has them.
 
     Heads, normalization and class names are those of the file's metadata, or of timm's
     `config.json` beside it.
@@ -105,10 +112,12 @@ def read_timm(path: str | os.PathLike[str]) -> VisionTransformer:
         raise ModelError(
             f"{path} holds no VisionTransformer of timm: expected a tensor {error}"
         ) from error
-    side = math.isqrt(patches) * patch_size
+    side, size = math.isqrt(patches) * patch_size, facts["img_size"]
+    if len(size) != 2 or math.prod(x // patch_size for x in size) != patches:
+        size = (side, side)
     try:
         model = VisionTransformer(
-            (*facts.get("img_size", (side, side)), channels),
+            (*size, channels),
             num_classes,
             patch_size=patch_size,
             embed_dim=embed_dim,
@@ -118,6 +127,7 @@ def read_timm(path: str | os.PathLike[str]) -> VisionTransformer:
             dropout=0.0,
             pooling=pooling,
             class_names=facts["class_names"],
+            resize=facts.get("resize", "squash"),
             dtype="float32",
         )
     except ValueError as error:
@@ -195,6 +205,7 @@ def _facts_of_timm(path):
     return {
         "num_heads": heads,
         "global_pool": arguments.get("global_pool", config.get("global_pool")),
+        "img_size": preprocessing.get("input_size", ())[1:],
         "mean": preprocessing["mean"],
         "std": preprocessing["std"],
         "class_names": config.get("label_names"),

@@ -55,12 +55,15 @@ def write_predictions(path, dataset, probabilities):
 
     Args:
         path: `Path` of the file.
-        dataset: a `Dataset`; images are named by their path in its folder, else by their index.
+        dataset: a `Dataset`; images are named by their path in its folder, else by their index
+            in its source.
         probabilities: array `(N, num_classes)`.
     """
-    names, images = dataset.class_names, range(len(probabilities))
+    names, images = dataset.class_names, dataset.test_indices
     if dataset.manifest is not None:
         images = [file.path for file in dataset.manifest if file.split == TEST]
+    elif images is None:
+        images = range(len(probabilities))
     predicted = probabilities.argmax(axis=1)
     with (
         atomic_write(path) as part,

@@ -63,7 +63,12 @@ def run(options):
             if not options.output.parent.exists():
                 make_output(options.output.parent)
             if options.format in WEIGHTS:
-                output_format.write(source_model, options.output)
+                try:
+                    output_format.write(source_model, options.output)
+                except ValueError as error:  # Such as a quantized model.
+                    raise CommandError(
+                        f"{options.model} cannot be written as {options.format}: {error}"
+                    ) from error
                 largest = output_format.largest_difference
             else:
                 is_file = bool(output_format.suffix)

@@ -141,7 +141,8 @@ class RunDirectory:
             else:
                 # What an earlier run saved as its model stays until this one has a model of its
                 # own.
-                for path in (*self._of_one_run, self.path / CHECKSUMS):
+                logs = (self.path / "tensorboard").rglob("events.out.tfevents.*")
+                for path in (*self._of_one_run, self.path / CHECKSUMS, *logs):
                     path.unlink(missing_ok=True)
                 self.remove_checkpoints()
             write_json(self.config, config)

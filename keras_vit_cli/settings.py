@@ -42,7 +42,9 @@ class Settings:
         "images per class, or an .npz file of arrays",
     )
     data_dir: str | None = option(
-        None, "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else its own)"
+        None,
+        "folder of prepared TensorFlow Datasets (default: TFDS_DATA_DIR, else "
+        "~/tensorflow_datasets)",
     )
     image_size: int | None = option(
         None,
@@ -93,12 +95,15 @@ class Settings:
     )
     output: str | None = option(None, "run directory (default: runs/<dataset>-<recipe>-seed<seed>)")
     figures_dir: str | None = option(
-        None, "folder of the pictures (default: figures; of keras-vit, inside the run directory)"
+        None,
+        "folder of the pictures (default: figures; with keras-vit, figures in the run directory)",
     )
-    language: str = option("en", "language of the report", choices=LANGUAGES)
+    language: str = option(
+        "en", "language of the report, the page and the pictures", choices=LANGUAGES
+    )
     overwrite: bool = option(False, "start over in a folder that holds a run")
     save_every: int | None = option(
-        None, "steps between checkpoints, beside the one after each epoch", low=1
+        None, "steps between checkpoints, in addition to the one after each epoch", low=1
     )
     tensorboard: bool = option(False, "write TensorBoard's logs into the run directory")
     training: Recipe = RECIPES[DEFAULT_RECIPE]
@@ -185,10 +190,16 @@ def parse(arguments=None, prog="train.py"):
         from_file = read_config(os.path.expanduser(str(named.pop("config"))))
         if "recipe" in named:  # The settings of the file's own recipe give way to it.
             from_file = {x.name: from_file[x.name] for x in RUN_OPTIONS if x.name in from_file}
-        if named.get("schedule", "cosine") != "cosine":
-            from_file.pop("warmup", None)
     elif "extend" in named:
+        for name in ("recipe", "epochs"):
+            if name in named:
+                raise CommandError(
+                    f"--extend {named['extend']} takes the recipe of --init-from for so many "
+                    f"epochs: leave out --{name}"
+                )
         from_file = settings_to_extend(named.get("init_from"), named["extend"])
+    if named.get("schedule", "cosine") != "cosine":
+        from_file.pop("warmup", None)
     dataset_from_file = "dataset" in from_file and "dataset" not in named
     settings = resolve({**from_file, **named})
     return dataclasses.replace(settings, dataset_from_file=dataset_from_file)

@@ -27,7 +27,7 @@ from keras_vit_cli.evaluate import measure, show
 from keras_vit_cli.recipes import DEFAULT_RECIPE, RECIPES
 from keras_vit_cli.report import MOVED_DATA, draw, write_pages
 from keras_vit_cli.run_directory import RunDirectory, check_apart, check_writable
-from keras_vit_cli.settings import check_patches, read_config, resolve
+from keras_vit_cli.settings import check_patches, resolve
 
 # The fraction of a processor's fastest rate that a training step of the baseline reaches.
 EFFICIENCY = 0.6
@@ -195,12 +195,19 @@ def without_images_of(pretrained, dataset, name):
 
 def warn_of_seen(pretrained, dataset, settings):
     """Warns if a pretrained model has seen images that are validated on now."""
-    if pretrained is None or dataset.manifest is None:
+    if pretrained is None:
         return
     if settings.extend:
-        parent = read_config(pathlib.Path(settings.init_from) / "config.json")
-        if (parent.get("validation"), parent.get("seed")) == (settings.validation, settings.seed):
+        metrics = RunDirectory(settings.init_from).metrics.read_text(encoding="utf-8")
+        if json.loads(metrics).get("training_data") == digest(dataset):
             return  # The images that it was validated on, too.
+        if settings.validation and dataset.manifest is None:
+            warn(
+                f"{settings.init_from} was trained on other images than these: it may have seen "
+                "images that are held out for validation now, whose accuracy is too high then"
+            )
+    if dataset.manifest is None:
+        return
     held_out = [x for x in dataset.manifest if x.split == VALIDATION]
     known = frozenset(pretrained.seen)
     seen = sum(x.digest[:SHORT] in known for x in held_out)
@@ -269,8 +276,9 @@ def load(settings):
         )
     except DatasetError as error:
         if "dataset" in settings.named or not isinstance(error, DatasetUnavailable):
-            hint = MOVED_DATA if settings.dataset_from_file else ""
-            raise CommandError(f"{error}{hint}") from error
+            moved = settings.dataset_from_file
+            message = f"{str(error).rstrip('.')}{MOVED_DATA}" if moved else str(error)
+            raise CommandError(message) from error
         warn(
             f"{error}.\nTraining on scikit-learn's embedded digits instead; everything that this "
             "run writes is labelled 'digits'."
@@ -283,6 +291,11 @@ def load_pretrained(settings):
     """The model that a run starts from; None if it starts from nothing."""
     if settings.init_from is None:
         return None
+    if settings.extend and not RunDirectory(settings.init_from).is_finished:
+        raise CommandError(
+            f"--extend {settings.extend} needs a finished run, and {settings.init_from} holds "
+            "none: type its own command again to finish it"
+        )
     try:
         with distribution.suspended():  # Its weights are only copied.
             return load_preset(RunDirectory.model_of(settings.init_from))
@@ -295,8 +308,8 @@ def check_channels(settings, model, dataset):
     channels, found = model and model.input_shape[-1], dataset.image_shape[-1]
     if channels not in (None, found):
         raise CommandError(
-            f"--init-from {settings.init_from} takes images of {channels} channels, "
-            f"{dataset.name} has {found}"
+            f"--init-from {settings.init_from} takes images of {channels} channels, but those of "
+            f"{dataset.name} have {found}"
         )
 
 
@@ -414,7 +427,7 @@ def ending_the_progress_bar():
 def explained(error, settings):
     """What ended a training as a `CommandError`; None if one line cannot explain it."""
     if isinstance(error, training.Diverged):
-        return CommandError(f"{error} (and --overwrite)", status=3)
+        return CommandError(f"{error}, with --learning-rate and --overwrite", status=3)
     if isinstance(error, training.CannotExtend):
         return CommandError(
             f"{error}: --extend needs the optimizer and the architecture of the run that it "

@@ -78,6 +78,20 @@ def test_a_model_comes_back_as_it_was(model, path):
     assert again.class_names == model.class_names and again.pooling == model.pooling
 
 
+def test_how_images_are_resized_comes_back_as_well(tmp_path):
+    path = tmp_path / "model.safetensors"
+    write_timm(make_model(resize="crop"), path)
+    assert read_timm(path).resize == "crop"
+
+
+def test_a_model_that_resizes_or_rescales_images_is_refused(tmp_path):
+    """As the best model of a run whose small images are not over."""
+    model = make_model(augmentation=[keras_vit.RandomResizedCrop(4, 4, name="crop")])
+    with pytest.raises(ValueError, match="Received: crop$"):
+        write_timm(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_timms_config_tells_heads_and_normalization(model, path):
     """As a download from timm's hub, whose `config.json` names the architecture."""
     facts = facts_of(path)
@@ -95,6 +109,19 @@ def test_timms_config_tells_heads_and_normalization(model, path):
     write(json.dumps({**config, "architecture": "vit_tiny_patch4"}))  # Three heads.
     with pytest.raises(ModelError, match="num_heads=3"):
         read_timm(path)
+
+
+def test_timms_config_tells_the_shape_of_images_that_are_no_squares(tmp_path):
+    """Four patches in a row, not two by two."""
+    path = tmp_path / "model.safetensors"
+    write_timm(make_model(image_shape=(4, 16, 3)), path)
+    assert read_timm(path).input_shape == (None, 4, 16, 3)
+    facts = facts_of(path)
+    preprocessing = {**{x: facts[x] for x in ("mean", "std")}, "input_size": [3, 4, 16]}
+    save_file(load_file(path), path)
+    config = {"architecture": "vit_own", "pretrained_cfg": preprocessing}
+    path.with_name("config.json").write_text(json.dumps({**config, "model_args": {"num_heads": 2}}))
+    assert read_timm(path).input_shape == (None, 4, 16, 3)
 
 
 def test_what_describes_a_file_must_agree_with_it(model, path):

@@ -70,6 +70,8 @@ class Dataset:
             its images; None for other sources.
         resize: string, how images of another aspect ratio were fitted to the size of these, as
             for `read_image`.
+        test_indices: int array, which test images of the source these are; None for all of them,
+            and for a folder.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Dataset:
     validation: Pair | None = None
     manifest: tuple[ImageFile, ...] | None = None
     resize: str = "squash"
+    test_indices: np.ndarray | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -146,8 +149,8 @@ class Dataset:
         """
         if self.validation is not None:
             raise ValueError(
-                f"{self.name} has a validation set of {len(self.validation[1])} images. Leave out "
-                "--validation, or move these images to the training set. "
+                f"{self.name} has a validation set of {len(self.validation[1])} images already: "
+                "leave out --validation, or move these images to the training set. "
                 f"Received: validation={count}"
             )
         received = f"validation={count}"

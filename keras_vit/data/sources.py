@@ -78,8 +78,8 @@ def load_dataset(
     if has_fixed_size(source):
         if size is not None:
             raise DatasetError(
-                "an image size is only for folders of images and for TensorFlow Datasets, and "
-                f"{source} is neither"
+                "an image size is only for folders of images and for TensorFlow Datasets: leave it "
+                f"out for {source}, whose images are not resized"
             )
         dataset = load_digits() if source == "digits" else load_npz(source)
         dataset = dataclasses.replace(dataset, resize=resize)
@@ -171,8 +171,8 @@ def _with_labels_of_a_model(dataset, class_names):
         raise DatasetError(different_classes(class_names, others, f"those of {dataset.name}"))
     left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
     pair = (images if kept.all() else subset(images, kept)), new_labels[kept]
-    flip = dataset.horizontal_flip
-    return Dataset(dataset.name, *pair, *pair, class_names, flip), left_out
+    found = Dataset(dataset.name, *pair, *pair, class_names, dataset.horizontal_flip)
+    return dataclasses.replace(found, test_indices=np.flatnonzero(kept)), left_out
 
 
 def different_classes(expected, received, of):

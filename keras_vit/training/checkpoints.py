@@ -172,20 +172,22 @@ def _named_state(model):
 def extend(parent, model):
     """Continues training from the weights and the optimizer of a finished run's model.
 
-    The first step of a new schedule is next. Random seeds, which Keras does not save, are not
-    continued.
+    Random seeds, which Keras does not save, are not continued.
 
     Args:
         parent: a compiled model, as a run saves it.
         model: a compiled model of the same architecture and optimizer, which is changed.
 
     Raises:
-        CannotExtend: if the parent has no optimizer, or lacks a variable of the model.
+        CannotExtend: if the parent has no optimizer or other classes, or lacks a variable of the
+            model.
     """
     if getattr(parent, "optimizer", None) is None:
         raise CannotExtend("the model to extend was saved without its optimizer")
+    if parent.class_names != model.class_names:
+        raise CannotExtend("the classes of the data differ from those of the model to extend")
     arrays = copy_of_state(parent)
-    restarted = {"iteration", "learning_rate", "seed_generator_state"}
+    restarted = {"learning_rate", "seed_generator_state"}
     metrics = {id(x) for x in model.metrics_variables}
     state = {
         name: variable
@@ -301,7 +303,7 @@ def _newest_intact(folder):
         content = path.read_bytes()
         digest, content = content[:32], content[32:]
         if hashlib.sha256(content).digest() != digest:
-            warnings.warn(f"{path} is damaged, resuming from the previous checkpoint", stacklevel=2)
+            warnings.warn(f"{path} is damaged: resuming from the previous checkpoint", stacklevel=2)
             path.unlink()
             continue
         return path, content

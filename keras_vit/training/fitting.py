@@ -166,11 +166,15 @@ def fit(
     # A run of more epochs than the recipe's has no stage left.
     first = next((i for i, x in enumerate(stages) if last_epoch < x.end), len(stages) - 1)
 
+    # Adam's bias correction goes by the step, so an optimizer that continues keeps its count.
+    before = pretrained.optimizer if extends else None
+    steps_before = int(getattr(before, "inner_optimizer", before).iterations) if before else 0
+
     def model_of(stage):
         at_size = model
         if stage is not stages[-1]:
             at_size = resized(model, stage.size, interpolate=pretrained is not None)
-        compile_model(at_size, recipe, batches.num_batches)
+        compile_model(at_size, recipe, batches.num_batches, steps_before)
         return at_size
 
     current = model_of(stages[first])
@@ -275,18 +279,19 @@ def class_weights(labels, kind):
     return {int(label): float(weight) for label, weight in zip(classes, weights)}
 
 
-def optimizer(model, recipe, steps_per_epoch):
+def optimizer(model, recipe, steps_per_epoch, steps_before):
     """The recipe's optimizer, with the variables that it excludes from weight decay.
 
     Args:
         model: a `VisionTransformer`.
         recipe: a `Recipe`.
         steps_per_epoch: int, number of batches in an epoch.
+        steps_before: int, as for `compile_model`.
 
     Returns:
         A Keras optimizer.
     """
-    rate = learning_rate(recipe, steps_per_epoch)
+    rate = learning_rate(recipe, steps_per_epoch, steps_before)
     precision = model.get_layer("norm").compute_dtype
     if recipe.optimizer == "muon":
         # float16 overflows where bfloat16 does not.
@@ -301,8 +306,15 @@ def optimizer(model, recipe, steps_per_epoch):
     return keras.optimizers.LossScaleOptimizer(chosen) if precision == "float16" else chosen
 
 
-def compile_model(model, recipe, steps_per_epoch=1):
-    """Compiles a model with the recipe's optimizer, its loss and accuracy."""
+def compile_model(model, recipe, steps_per_epoch=1, steps_before=0):
+    """Compiles a model with the recipe's optimizer, its loss and accuracy.
+
+    Args:
+        model: a `VisionTransformer`.
+        recipe: a `Recipe`.
+        steps_per_epoch: int, number of batches in an epoch.
+        steps_before: int, number of steps that an extended run's optimizer has taken already.
+    """
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     if recipe.label_smoothing:
         loss = LabelSmoothingCrossentropy(recipe.label_smoothing)
@@ -312,7 +324,7 @@ def compile_model(model, recipe, steps_per_epoch=1):
     one_device = distribution.devices() == 1
     steps_at_once = STEPS_AT_ONCE if on_jax_accelerator() and one_device else 1
     model.compile(
-        optimizer=optimizer(model, recipe, steps_per_epoch),
+        optimizer=optimizer(model, recipe, steps_per_epoch, steps_before),
         loss=loss,
         metrics=["accuracy"],
         jit_compile=False if on_tensorflow_cpu else "auto",

@@ -87,8 +87,11 @@ def transfer(source, target):
         target: one that differs only in the size of its images after the augmentation.
     """
     grids = grid(source), grid(target)
+    frozen = {id(x) for x in target.non_trainable_variables}
     for variable, other in zip(state_of(source), state_of(target), strict=True):
         value = ops.convert_to_numpy(variable)
         if value.shape != tuple(other.shape):
+            if id(other) in frozen:  # It is at its size what it shall stay.
+                continue
             value = resampled_positions(value, *grids)
         other.assign(value)

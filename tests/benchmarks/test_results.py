@@ -1,6 +1,7 @@
 """Images that are made worse on purpose, and the table of published runs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,21 @@ def test_operations_are_those_of_the_settings(published):
     matrices, attention = 4 * 64 * 64 + 2 * 64 * 128, 2 * 64 * 64
     by_image = 64 * (6 * (matrices + attention) + 4 * 48 * 64)
     assert results.flop(run) == 2 * 50_000 * by_image
+
+
+def test_an_early_stop_takes_the_operations_of_its_epochs(published):
+    """Small images came first, until half of the epochs that were planned."""
+    small = {"image_scales": [0.5], "image_scale_milestones": [0.5], "limit_train": 60_000}
+    for seed, epochs in ((0, 4), (1, 2)):
+        results.add(published(seed, 0.7, epochs=epochs, **small))
+        shutil.move(results.RESULTS, results.RESULTS.with_name(str(seed)))
+    stopped, whole = (
+        results.flop(
+            results.run_of(results.RESULTS.with_name(str(seed)) / "baseline" / f"seed-{seed}")
+        )
+        for seed in (0, 1)
+    )
+    assert 3 * stopped < 2 * whole
 
 
 def test_a_run_that_starts_from_a_preset_counts_the_training_before_it(published, tmp_path):

@@ -1,6 +1,7 @@
 """The command `keras-vit`: a folder of images trained on, and the model put to use."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -22,7 +23,7 @@ from keras_vit.data import folders
 from keras_vit.data.dataset import SHORT
 from keras_vit.files import visible
 from keras_vit.reporting import figures
-from keras_vit_cli import inputs, main, predict, settings, train
+from keras_vit_cli import evaluate, inputs, main, predict, settings, train
 from keras_vit_cli.errors import CommandError
 
 
@@ -103,8 +104,11 @@ def test_validation_images_that_the_weights_were_trained_on_are_counted(
     # The run held out no image, so those of the longer one were trained on.
     train.warn_of_seen(model, dataset, types.SimpleNamespace(extend=5, **chosen))
     assert "trained or validated on 6 of the 6 validation images" in capsys.readouterr().err
-    same = {**chosen, "validation": parent["validation"]}
-    train.warn_of_seen(model, dataset, types.SimpleNamespace(extend=5, **same))
+    arrays = dataclasses.replace(dataset, manifest=None)
+    train.warn_of_seen(model, arrays, types.SimpleNamespace(extend=5, **chosen))
+    assert "trained on other images than these: it may have" in capsys.readouterr().err
+    same = data.load_dataset(str(place / "images"))
+    train.warn_of_seen(model, same, types.SimpleNamespace(extend=5, **chosen))
     train.warn_of_seen(None, dataset, types.SimpleNamespace(extend=None, **chosen))
     assert capsys.readouterr().err == ""
 
@@ -306,6 +310,16 @@ def test_a_saved_model_is_measured_as_after_training(place, model, capsys, monke
     probabilities = {name: float(rows[0][f"probability_{name}"]) for name in CLASSES}
     assert probabilities == pytest.approx(expected(model, place / "images" / tested[0]), abs=1e-5)
     assert rows[0]["predicted_class"] == max(probabilities, key=probabilities.get)
+
+
+def test_predictions_without_files_are_numbered_as_in_their_source(tmp_path):
+    images, labels = np.zeros((2, 4, 4, 1), "uint8"), np.array([0, 1])
+    dataset = data.Dataset("x", images, labels, images, labels, ["a", "b"], False)
+    for indices, expected in ((None, ["0", "1"]), (np.array([3, 7]), ["3", "7"])):
+        found = dataclasses.replace(dataset, test_indices=indices)
+        evaluate.write_predictions(tmp_path / "x.csv", found, np.eye(2))
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "x.csv").read_text())))
+        assert [row["image"] for row in rows] == expected
 
 
 def test_a_model_is_measured_on_all_images_of_a_folder_that_it_has_not_seen(
@@ -582,7 +596,7 @@ WRONG = {
     "train --dataset {images} --init-from {model} --depth 9": (
         "--depth 9 differs from --init-from {model}, which has 2: leave it out"
     ),
-    "train --dataset {images} --init-from {deep}": "takes images of 5 channels, images has 3",
+    "train --dataset {images} --init-from {deep}": "channels, but those of images have 3",
     "train --dataset {images} --init-from {model} --freeze 3": "Received: freeze=3",
     "train --dataset {images} --recipe finetune": "--recipe finetune needs --init-from: a preset s",
     "train --dataset {images} --extend 3": "--extend 3 needs the directory of a finished run, as",
@@ -593,7 +607,7 @@ WRONG = {
     "predict {images} x.png": "images is a folder. It holds no model.keras.",
     "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
     "page {model} -o page": "--output must end in .html, but is page",
-    "page {model} -o x.html --dataset digits": "takes images of (20, 24, 3), digits has (32",
+    "page {model} -o x.html --dataset digits": "(20, 24, 3), but those of digits have (32",
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
@@ -682,4 +696,4 @@ def test_a_page_begins_with_the_test_images_of_the_run(place, capsys, tmp_path):
     changed = {**config, "dataset": str(tmp_path / "gone")}
     (tmp_path / "config.json").write_text(json.dumps(changed), encoding="utf-8")
     assert run("page", alone, "-o", output) == 0
-    assert "begins without images, because" in capsys.readouterr().err
+    assert "begins without images: " in capsys.readouterr().err

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import coloured
 
-from keras_vit import data, devices, files, training
+from keras_vit import data, devices, files, prediction, training
 from keras_vit.reporting import figures, representations
 from keras_vit.training import checkpoints
 from keras_vit_cli import backend, inputs, main, settings
@@ -26,7 +26,7 @@ from keras_vit_cli.recipes import RECIPES
 from keras_vit_cli.run_directory import RunDirectory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--patch-size=8"]
+TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=1", "--patch-size=8"]
 
 
 @pytest.fixture(autouse=True)
@@ -35,15 +35,17 @@ def keep_the_backend(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def draw_no_representations(monkeypatch):
-    """Four of a run's pictures, which take longest; `tests/reporting` looks at them."""
+def save_time(monkeypatch):
+    """Four of a run's pictures, which `tests/reporting` looks at; the speed; a second batch."""
     monkeypatch.setattr(representations, "draw_all", lambda *_, **__: None)
+    monkeypatch.setattr(devices, "operations_per_second", lambda *_: 1e11)
+    monkeypatch.setattr(prediction, "BATCH_SIZE", 512)
 
 
 def train(*arguments, folder):
     """Runs a tiny training in this process and returns its exit status."""
     places = [f"--output={folder / 'run'}", f"--figures-dir={folder / 'figures'}"]
-    return main.train([*TINY, "--limit-train=40", "--epochs=1", *places, *arguments])
+    return main.train([*TINY, "--limit-train=32", "--epochs=1", *places, *arguments])
 
 
 def command(*arguments):
@@ -250,7 +252,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
 
     monkeypatch.setattr(train_command, "load_dataset", offline)
     monkeypatch.chdir(tmp_path)
-    assert main.train([*TINY, "--limit-train=40", "--epochs=1"]) == 0
+    assert main.train([*TINY, "--limit-train=32", "--epochs=1"]) == 0
     captured = capsys.readouterr()
     assert "cifar10 is not in None: use --data-dir" in captured.err and "digits" in captured.err
     folder = tmp_path / "runs" / "digits-digits-seed0"
@@ -262,7 +264,7 @@ def test_without_cifar10_a_plain_run_trains_on_digits_and_says_so(capsys, monkey
 
 def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_path):
     first = tmp_path / "run"
-    arguments = ["--dataset=digits", "--limit-train=200", "--validation=50", "--seed=3"]
+    arguments = ["--dataset=digits", "--limit-train=192", "--validation=64", "--seed=3"]
     assert train(*arguments, folder=tmp_path) == 0
     names = {"model.keras", "best.keras", "history.csv", "timing.csv", "config.json"}
     names |= {"report.html", "page.html"}
@@ -287,7 +289,8 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_pat
 
     assert train(*arguments, folder=tmp_path) == 2
     assert "--overwrite" in capsys.readouterr().err
-    monkeypatch.setattr(train_command, "draw", lambda *_: None)  # Saves time.
+    for name in ("draw", "write_pages"):
+        monkeypatch.setattr(train_command, name, lambda *_: None)
     config = f"--config={first / 'config.json'}"
     assert main.train([config, f"--output={tmp_path / 'again'}"]) == 0
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
@@ -297,6 +300,17 @@ def test_a_run_leaves_its_files_and_can_be_repeated(capsys, monkeypatch, tmp_pat
     # Its repetition does not overwrite what the run once overwrote.
     assert "overwrite" not in json.loads((first / "config.json").read_text())
     assert main.train([config]) == 2
+
+
+def test_only_a_finished_run_is_extended(capsys, tmp_path):
+    """Not one whose settings have replaced those of the model that still lies there."""
+    half = tmp_path / "half"
+    half.mkdir()
+    (half / "config.json").write_text(json.dumps({"recipe": "digits", "dataset": "digits"}))
+    (half / "model.keras").write_text("of the run before")
+    places = [f"--output={tmp_path / 'run'}", f"--figures-dir={tmp_path / 'figures'}"]
+    assert main.train([f"--init-from={half}", "--extend=1", *places]) == 2
+    assert f"--extend 1 needs a finished run, and {half} holds none" in capsys.readouterr().err
 
 
 def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
@@ -310,12 +324,15 @@ def test_overwriting_removes_what_an_earlier_run_left(monkeypatch, tmp_path):
         "best.keras",
         "history.csv",
         "checkpoints/step-1.checkpoint",
+        "tensorboard/train/events.out.tfevents.1.host",
         ".part-x",
     ):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("of the run before")
     monkeypatch.setattr(training, "fit", killed)
     assert train("--dataset=digits", "--overwrite", folder=tmp_path) == 130
-    assert {path.name for path in run.iterdir()} == {"config.json", ".lock"}
+    left = {path.name for path in run.rglob("*") if path.is_file()}
+    assert left == {"config.json", ".lock"}
 
 
 @pytest.mark.parametrize(
@@ -412,12 +429,14 @@ def test_bfloat16_without_instructions_for_it_is_refused(capsys, monkeypatch, tm
 
 def test_settings_reach_the_model(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "precisions", lambda: ["float32", "bfloat16"])
+    for name in ("draw", "write_pages"):
+        monkeypatch.setattr(train_command, name, lambda *_: None)
     arguments = ["--dataset=digits", "--no-augmentation", "--mixed-precision", "--dropout=0.3"]
     assert train(*arguments, folder=tmp_path) == 0
     model = keras.saving.load_model(tmp_path / "run" / "model.keras")
     assert model.augmentation == []
     assert model.get_layer("dropout").rate == 0.3
-    assert model.get_layer("block_2_attention").compute_dtype == "bfloat16"
+    assert model.get_layer("block_1_attention").compute_dtype == "bfloat16"
     assert model.get_layer("patches").patch_size == 8
 
 

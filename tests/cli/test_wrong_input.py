@@ -60,6 +60,8 @@ COMMAND_LINES = [
     ("--save-every 0", "--save-every must be at least 1, but is 0"),
     ("--freeze 2", "--freeze 2 needs --init-from"),
     ("--config a.json --init-from b --extend 2", "--extend 2 takes its settings from --init-from"),
+    ("--init-from b --extend 2 --recipe strong", "for so many epochs: leave out --recipe"),
+    ("--init-from b --extend 2 --epochs 3", "for so many epochs: leave out --epochs"),
     ("--backend theano", "invalid choice: 'theano' (choose from"),
     ("--recipe best", "invalid choice: 'best' (choose from"),
     ("--augmentation=yes", "ignored explicit argument 'yes'"),

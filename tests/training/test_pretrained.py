@@ -60,6 +60,16 @@ def test_frozen_blocks_and_embeddings_stay_as_they_are(parent):
         build_model(dataset, dataclasses.replace(RECIPE, freeze=3))
 
 
+def test_frozen_positions_stay_as_they_are_where_small_images_come_first(parent):
+    dataset = colours()
+    small = {"image_scales": (0.5,), "image_scale_milestones": (0.5,)}
+    recipe = dataclasses.replace(RECIPE, freeze=1, **small)
+    model = build_model(dataset, recipe, pretrained=parent)
+    fit(model, dataset, recipe, pretrained=parent)
+    frozen = "position_embedding", "block_1_mlp_output"
+    assert_equal(weights_of(model, *frozen), weights_of(parent, *frozen))
+
+
 def test_what_would_be_lost_is_refused(parent):
     """Layers that the normalization depends on, and the scales of quantized kernels."""
     dataset = colours()
@@ -68,7 +78,7 @@ def test_what_would_be_lost_is_refused(parent):
     with pytest.raises(ValueError, match="Received: doubled"):
         build_model(dataset, RECIPE, pretrained=model)
     quantized = small_model(dataset, depth=2, dropout=0.2)
-    quantized.quantize("int8")
+    quantized.get_layer("block_1_mlp_hidden").quantize("int8")
     with pytest.raises(ValueError, match="Received: layer .* with quantization_mode='int8'"):
         build_model(dataset, RECIPE, pretrained=quantized)
     with pytest.raises(ValueError, match="Expected a model that is not quantized"):
@@ -113,18 +123,18 @@ def extended(parent, run_dir, stop=None):
 
 def test_an_extended_run_continues_the_optimizer_with_a_new_schedule(parent):
     model = build_model(colours(), RECIPE, pretrained=parent)
-    compile_model(model, RECIPE, steps_per_epoch=6)
+    steps = int(parent.optimizer.iterations)
+    compile_model(model, RECIPE, steps_per_epoch=6, steps_before=steps)
     extend(parent, model)
     before, after = copy_of_state(parent), copy_of_state(model)
     assert before.keys() == after.keys()
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
-    assert {name.split("/")[-1] for name in changed} <= {
-        "iteration",
-        "total",
-        "count",
-        "seed_generator_state",
-    }
-    assert int(model.optimizer.iterations) == 0 < int(parent.optimizer.iterations)
+    others = {"total", "count", "seed_generator_state"}
+    assert {name.split("/")[-1] for name in changed} <= others
+    # Whose count of steps Adam's bias correction needs.
+    assert int(model.optimizer.iterations) == steps > 0
+    rates = [float(x.optimizer.learning_rate) for x in (parent, model)]
+    assert rates == pytest.approx([0, RECIPE.learning_rate], abs=1e-8)
 
 
 @pytest.mark.slow
@@ -144,3 +154,8 @@ def test_a_model_without_its_optimizer_cannot_be_extended(parent):
         extend(parent, model)
     with pytest.raises(CannotExtend, match="without its optimizer"):
         extend(type(parent).from_config(parent.get_config()), model)
+    others = dataclasses.replace(colours(), class_names=["x", "y", "z"])
+    model = build_model(others, RECIPE, pretrained=parent)
+    compile_model(model, RECIPE)
+    with pytest.raises(CannotExtend, match="classes of the data differ"):
+        extend(parent, model)

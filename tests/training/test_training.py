@@ -71,6 +71,10 @@ def test_a_cosine_schedule_warms_up_and_decays_to_zero():
     rate = schedules.learning_rate(dataclasses.replace(recipe, warmup=0.0), steps_per_epoch=5)
     for step, expected in {0: 1e-3, 25: 5e-4, 50: 0}.items():
         assert float(rate(step)) == pytest.approx(expected, abs=1e-8)
+    rate = schedules.learning_rate(recipe, steps_per_epoch=5, start=1000)
+    rate = keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(rate))
+    for step, expected in {1000: 0, 1005: 5e-4, 1010: 1e-3, 1030: 5e-4, 1050: 0}.items():
+        assert float(rate(step)) == pytest.approx(expected, abs=1e-8)
 
 
 def test_a_cosine_schedule_is_applied_at_each_step_and_recorded(tmp_path):
