@@ -135,7 +135,8 @@ def ours_epoch(batch_size, dtype, count):
     import keras
 
     from keras_vit import VisionTransformer
-    from keras_vit.training import batches_of, compile_model
+    from keras_vit.data.batches import batches_of
+    from keras_vit.training import compile_model
     from keras_vit_cli.recipes import RECIPES
 
     keras.utils.set_random_seed(0)

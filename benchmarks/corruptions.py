@@ -62,7 +62,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=pathlib.Path, help="folder of a finished run")
     options = parser.parse_args()
-    from keras_vit.reporting.metrics import predict
+    from keras_vit import predict
     from keras_vit_cli.errors import CommandError
     from keras_vit_cli.inputs import load_model, load_suitable
 

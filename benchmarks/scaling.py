@@ -102,16 +102,13 @@ def main():
 
 def operations(point):
     """Floating point operations of a training step: every product of matrices but the crop's."""
-    tokens = (point.side // contestants.PATCH) ** 2 + 1
-    width, hidden = point.width, point.hidden
-    token = 2 * width**2 + 2 * width * hidden + 2 * tokens * width
-    keys_and_values = tokens * 2 * width**2
-    block = keys_and_values + tokens * token
-    # The last block computes the class token alone, out of the keys and values of all.
-    trained = (point.depth - 1) * block + keys_and_values + token + width * contestants.CLASSES
-    embedding = (tokens - 1) * contestants.PATCH**2 * 3 * width
-    # A product has two gradients, one for each factor, but nobody asks for those of pixels.
-    return point.batch * 2 * (3 * trained + 2 * embedding)
+    from keras_vit.training import operations as of_one_image
+    from keras_vit_cli.recipes import RECIPES
+
+    sizes = {"depth": point.depth, "embed_dim": point.width, "mlp_dim": point.hidden}
+    recipe = dataclasses.replace(RECIPES["baseline"], **sizes)
+    head = 6 * point.width * contestants.CLASSES
+    return point.batch * (of_one_image(recipe, (point.side, point.side, 3)) + head)
 
 
 def predicted_memory(sweep, point):

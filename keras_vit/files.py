@@ -99,7 +99,7 @@ def is_output(folder):
     )
 
 
-def leads_up(path):
+def links_to_own_parent(path):
     """Whether a path is a link to a folder that it lies in."""
     return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
@@ -121,7 +121,7 @@ def visible(folder):
                 continue
             if path.is_file():
                 files.append(path)
-            elif path.is_dir() and not leads_up(path) and not is_output(path):
+            elif path.is_dir() and not links_to_own_parent(path) and not is_output(path):
                 (links if path.is_symlink() else folders).append(path)
     return sorted(files)
 

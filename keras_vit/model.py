@@ -360,7 +360,7 @@ class VisionTransformer(keras.Model):
 
     def get_config(self):
         layers = [keras.saving.serialize_keras_object(layer) for layer in self.augmentation]
-        inside = list(_inside(self))
+        inside = list(nested_layers(self))
         return {
             **self._config,
             "augmentation": layers,
@@ -399,7 +399,7 @@ class VisionTransformer(keras.Model):
         model.seen = tuple(seen)
         if not trainable.get("", True):
             model.trainable = False
-        for path, layer, _ in _inside(model):
+        for path, layer, _ in nested_layers(model):
             if path in quantized and layer.quantization_mode is None:
                 how = keras.saving.deserialize_keras_object(quantized[path]["config"])
                 layer.quantize(quantized[path]["mode"], config=how)
@@ -408,11 +408,11 @@ class VisionTransformer(keras.Model):
         return model
 
 
-def _inside(layer, path=""):
+def nested_layers(layer, path=""):
     """Path, layer and parent of all nested layers, each before its own nested layers."""
     for inner in layer._flatten_layers(include_self=False, recursive=False):
         yield path + inner.name, inner, layer
-        yield from _inside(inner, f"{path}{inner.name}/")
+        yield from nested_layers(inner, f"{path}{inner.name}/")
 
 
 def _quantization(layer):

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_vit.layers import RandomResizedCrop
-from keras_vit.model import layers_in_inference
+from keras_vit.model import layers_in_inference, nested_layers
 from keras_vit.validation import shape_of_image
 
 
@@ -107,9 +107,9 @@ def copy_weights(source, target, head=True):
 
 
 def quantization(model):
-    """The quantization modes of a model's layers, by name."""
-    modes = {layer.name: getattr(layer, "quantization_mode", None) for layer in model.layers}
-    return {name: mode for name, mode in modes.items() if mode}
+    """The quantization modes of a model's layers, nested ones included, by path."""
+    modes = {path: layer.quantization_mode for path, layer, _ in nested_layers(model)}
+    return {path: mode for path, mode in modes.items() if mode}
 
 
 def check_not_quantized(model):

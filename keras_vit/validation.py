@@ -1,4 +1,4 @@
-"""Argument checks of the layers, the model, the loss and the rollout."""
+"""Checks of arguments, with errors that name the argument and the value received."""
 
 import numbers
 

@@ -8,6 +8,7 @@ import keras
 from keras_vit.data import is_folder
 from keras_vit.data.folders import TEST, warn
 from keras_vit.files import atomic_write, make_output, write_json
+from keras_vit.prediction import predict
 from keras_vit.reporting import figures, metrics
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_for_test, load_model, load_resized
@@ -88,7 +89,7 @@ def measure(model, dataset, history=None):
     Returns:
         Class probabilities `(N, num_classes)`, and a dictionary of metrics.
     """
-    probabilities = metrics.predict(model, dataset.test_images)
+    probabilities = predict(model, dataset.test_images)
     labels, names = dataset.test_labels, dataset.class_names
     measured = {
         **metrics.classification_metrics(probabilities, labels, names),

@@ -4,29 +4,28 @@ import pathlib
 
 import numpy as np
 
-from keras_vit.files import make_output
-from keras_vit.reporting import figures, fonts, metrics, representations
+from keras_vit.files import is_output, make_output, visible
+from keras_vit.prediction import predict
+from keras_vit.reporting import figures, fonts, representations
 from keras_vit.reporting.explorer import MAX_IMAGES
+from keras_vit.reporting.report import write_explorer
 from keras_vit.reporting.texts import load_texts
-from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import class_names, image_batches, load_model
 
 
 def run(options):
     """Draws the attention rollout of images; returns 1 if some could not be read."""
-    if options.html:
-        backend.require("jinja2", "--html")
     model = load_model(options.model)
     names, failed, shown, taken = class_names(model), False, [], set()
     targets = [_index(names, target, options.model) for target in options.target]
     drawn_names = fonts.legible(names, load_texts(options.language)["class"])
     with explaining_failed_writes(options.output):
+        _check_apart(options.output)
         make_output(options.output)
         for paths, images, some_failed in image_batches(options.images, model):
-            _check_apart(options.output, paths)
             failed |= some_failed
-            probabilities = metrics.predict(model, images) if paths else ()
+            probabilities = predict(model, images) if paths else ()
             for path, image, row in zip(paths, images, probabilities):
                 title = f"{names[row.argmax()]} {row.max():.0%}"
                 picture = _free_name(options.output, path, "attention", taken)
@@ -51,20 +50,17 @@ def run(options):
     return int(failed)
 
 
-def _check_apart(folder, paths):
+def _check_apart(folder):
     """Raises a `CommandError` if pictures would lie among the images of a data set."""
-    for path in paths:
-        if pathlib.Path(path).resolve().parent == folder.resolve():
-            raise CommandError(
-                f"--output {folder} is the folder of {path}, where pictures would be taken for "
-                f"images to train on: choose another one, such as {folder / 'attention'}"
-            )
+    if folder.is_dir() and not is_output(folder) and (others := visible(folder)):
+        raise CommandError(
+            f"--output {folder} holds {others[0].name}, beside which pictures would be taken for "
+            f"images to train on: choose another folder, such as {folder / 'attention'}"
+        )
 
 
 def _write_explorer(options, model, shown):
     """Writes the attention explorer for pairs of image and title."""
-    from keras_vit.reporting.report import write_explorer  # Jinja2 is there.
-
     images, titles = zip(*shown)
     path = options.output / "explorer.html"
     try:

@@ -7,7 +7,7 @@ import numpy as np
 from keras_vit.data.folders import warn
 from keras_vit.files import make_output
 from keras_vit.reporting.explorer import MAX_IMAGES
-from keras_vit_cli import backend
+from keras_vit.reporting.report import write_page
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
 from keras_vit_cli.run_directory import RunDirectory
@@ -18,7 +18,6 @@ SEED = 0
 
 def run(options):
     """Writes a model as an HTML page; returns the exit status."""
-    backend.require("jinja2", "a page")
     if options.output.suffix != ".html":
         raise CommandError(f"--output must end in .html, but is {options.output}")
     model = load_model(options.model)
@@ -45,8 +44,6 @@ def write(path, model, dataset, language):
     Raises:
         ValueError: if a page could not run the model.
     """
-    from keras_vit.reporting.report import write_page  # It needs Jinja2.
-
     images, labels = _examples(dataset) if dataset else ((), ())
     return write_page(path, model, images, labels, language)
 

@@ -5,10 +5,10 @@ import pathlib
 import tempfile
 
 from keras_vit.data.dataset import digest
-from keras_vit.data.folders import warn
-from keras_vit.reporting import figures, metrics
+from keras_vit.prediction import predict
+from keras_vit.reporting import figures
+from keras_vit.reporting.report import write_report
 from keras_vit.training import read_history, step_schedule
-from keras_vit_cli import backend
 from keras_vit_cli.errors import CommandError, explaining_failed_writes
 from keras_vit_cli.inputs import load_model, load_suitable
 from keras_vit_cli.page import write as write_page
@@ -21,7 +21,6 @@ MOVED_DATA = ". If the data of this run lie elsewhere now, name them with --data
 
 def run(options):
     """Writes the report of a finished run again; returns the exit status."""
-    backend.require("jinja2", "a report")
     run_dir = RunDirectory(options.run)
     settings = resolve(read_config(run_dir.config))
     if not run_dir.metrics.exists():
@@ -41,7 +40,7 @@ def run(options):
                     f"{source} has other training images or labels than {run_dir} was trained on: "
                     "name the data set as it was with --dataset"
                 )
-            probabilities = metrics.predict(model, dataset.test_images)
+            probabilities = predict(model, dataset.test_images)
             pictures = pathlib.Path(folder)
             language = options.language or settings.language
             draw(model, dataset, settings.training, probabilities, history, pictures, language)
@@ -66,24 +65,18 @@ def draw(model, dataset, recipe, probabilities, history, folder, language):
     """Draws the pictures of a run into a folder, with texts in a language."""
     milestone_epochs = []
     if recipe.schedule == "milestones":
-        _, milestone_epochs = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        _, drops = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        milestone_epochs = [x for x in drops if x < len(history["loss"])]
     figures.draw_all(model, dataset, probabilities, folder, history, milestone_epochs, language)
 
 
 def write_pages(run_dir, model, dataset, settings, measured, probabilities, pictures, language):
     """Writes the report of a run, and beside it the page that runs its model, if one can.
 
-    Without Jinja2 a warning takes their place.
-
     Returns:
         `Path` of the report.
     """
     path = run_dir.report_in(language, settings.language)
-    try:
-        from keras_vit.reporting.report import write_report
-    except ModuleNotFoundError as error:
-        warn(f"{path.name} was not written: {error}")
-        return path
     page = run_dir.page_in(language, settings.language)
     try:
         write_page(page, model, dataset, language)

@@ -10,11 +10,8 @@ import pytest
 from PIL import Image
 
 TINY = ["--embed-dim=16", "--mlp-dim=16", "--num-heads=2", "--depth=2", "--batch-size=8"]
-CLASSES = {
-    "$_$": 0,
-    "accuracy": 1,
-    "blå": 2,
-}  # Class names hard to draw, and their channels.
+# Class names hard to draw, and their channels.
+CLASSES = {"$_$": 0, "accuracy": 1, "blå": 2}
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Debian's browser must neither ask for a sandbox as root nor for its makers' hosts.

@@ -144,7 +144,7 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(model_file, tmp_path):
     at = content.rindex(b"PK\x01\x02")  # The directory's entry of the last member
     content[at + 24 : at + 28] = (2**32 - 2).to_bytes(4, "little")
     path.write_bytes(content)
-    with pytest.raises(ModelError, match=r"unpacks to 4,2\d\d,\d{3},\d{3} bytes, at most 4,294"):
+    with pytest.raises(ModelError, match=r"unpacks to 4,2\d\d,\d{3},\d{3} bytes; at most 4,294"):
         load_model(path)
 
 

@@ -149,7 +149,7 @@ PARTS = {
         f"crop: transform_{name}": lambda name=name: takes(
             getattr(crop(), f"transform_{name}"), name, "transformation", "training"
         )
-        for name in ("images", "segmentation_masks", "bounding_boxes")
+        for name in ("images", "segmentation_masks")
     },
     "dropout: seed_generator.next": lambda: keras.layers.Dropout(0.5).seed_generator.next().shape
     == (2,),

@@ -67,9 +67,9 @@ class Batches(keras.utils.PyDataset):
 class InOrder(Batches):
     """Batches of images in their original order, for evaluation.
 
-    If evaluation is distributed, copies of an image pad the last batch: their weight is zero and
-    their class is -1. The loss and the accuracy that Keras computes of all these images are too
-    small by a factor, `padding`.
+    If evaluation is distributed, the last batch is padded with copies of an image, of weight zero
+    and class -1. Keras divides by all images, so its loss and accuracy are too small by the factor
+    `padding`.
 
     Args:
         images: array `(N, H, W, C)`.

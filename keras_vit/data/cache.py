@@ -36,7 +36,7 @@ IN_MEMORY = 2 * 2**30
 MOST_CACHED = 20 * 2**30
 LIMIT = "KERAS_VIT_CACHE_GIB"
 # Changes whenever the same file is read as other pixels.
-VERSION = 2
+VERSION = 3
 ARRAYS = "[!.]*.npy"  # Without those that are being written.
 # Temporary files of killed processes are removed after this many seconds.
 ABANDONED = 24 * 3600

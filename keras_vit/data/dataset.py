@@ -25,6 +25,7 @@ NOT_MIRRORED = {
     "binary_alpha_digits",
     "cmaterdb",
     "emnist",
+    "gtsrb",
     "kmnist",
     "mnist",
     "mnist_corrupted",
@@ -65,7 +66,7 @@ class Dataset:
         test_labels: like `train_labels`.
         class_names: list of strings.
         horizontal_flip: bool, whether a flipped image keeps its class.
-        validation: pair `(images, labels)`, the validation set, if the source has one.
+        validation: pair `(images, labels)`, the validation set of a folder that has one.
         manifest: tuple of `ImageFile`, the files of a folder, those of each split in the order of
             its images; None for other sources.
         resize: string, how images of another aspect ratio were fitted to the size of these, as
@@ -133,10 +134,20 @@ class Dataset:
         return data, held_out
 
     def limit_train(self, count: int, seed: int) -> "Dataset":
-        """The same data with at most `count` training images, stratified by class."""
-        return self._split_train(
-            min(count, len(self.train_labels)), seed, f"limit_train={count}", UNUSED
-        )[0]
+        """The same data with at most `count` training images, stratified by class.
+
+        Raises:
+            ValueError: if a class would have no training image left.
+        """
+        received = f"limit_train={count}"
+        count = min(count, len(self.train_labels))
+        limited, _ = self._split_train(count, seed, received, UNUSED)
+        for label in set(self.train_labels.tolist()).difference(limited.train_labels.tolist()):
+            raise ValueError(
+                f"Class {self.class_names[label]!r} would have no training image left: take more. "
+                f"Received: {received}"
+            )
+        return limited
 
     def hold_out(self, count: int, seed: int) -> tuple["Dataset", Pair]:
         """Holds out a validation set of `count` training images, stratified by class.
@@ -158,7 +169,7 @@ class Dataset:
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
         pair = subset(self.train_images, held_out), self.train_labels[held_out]
         left = kept._without_copies_of_validation()
-        for label in set(range(len(self.class_names))).difference(left.train_labels):
+        for label in set(self.train_labels.tolist()).difference(left.train_labels.tolist()):
             reason = "are all held out for validation: hold out fewer"
             if label in kept.train_labels:
                 reason = "are copies of those held out for validation: add others"
@@ -279,4 +290,4 @@ def split_off_test(name, images, labels, class_names, horizontal_flip):
     except ValueError as error:
         raise DatasetError(f"{name} has too few images to hold out a test set") from error
     pairs = subset(images, train), labels[train], subset(images, test), labels[test]
-    return Dataset(name, *pairs, class_names, horizontal_flip)
+    return Dataset(name, *pairs, class_names, horizontal_flip, test_indices=test)

@@ -8,7 +8,7 @@ import unicodedata
 
 from keras_vit.data import cache
 from keras_vit.data.images import ImageError, TooLarge
-from keras_vit.files import is_output, is_system_name, leads_up, visible
+from keras_vit.files import is_output, is_system_name, links_to_own_parent, visible
 
 # Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
@@ -46,7 +46,7 @@ class ImageFile:
     moved: bool = False
 
 
-def list_folder(folder, test_fraction=TEST_FRACTION):
+def list_folder(folder):
     """The manifest of a folder of images: the split of each file.
 
     What the program wrote into the folder is left out. Linked folders are followed once.
@@ -58,7 +58,6 @@ def list_folder(folder, test_fraction=TEST_FRACTION):
     Args:
         folder: `Path` of a folder with one sub-folder of images per class; or with `train` and
             `test` (or `val`, or both) above them; or with `test` alone.
-        test_fraction: float, probability that a file becomes a test image.
 
     Returns:
         List of `ImageFile` in the order of `SPLITS`, and the sorted class names, in Unicode's NFC.
@@ -72,7 +71,7 @@ def list_folder(folder, test_fraction=TEST_FRACTION):
         for class_folder in _sub_folders(top):
             paths, name = visible(class_folder), composed(class_folder.name)
             is_split = list(parts) != [TRAIN]
-            tested, moved = ((), ()) if is_split else _hold_out(top, paths, test_fraction)
+            tested, moved = ((), ()) if is_split else _hold_out(top, paths)
             names.add(name)
             files += [(x, name, TEST if x in tested else split, x in moved) for x in paths]
     if not files:
@@ -225,10 +224,10 @@ def _parts(folder):
     return parts | dict(zip((TEST, VALIDATION), others))
 
 
-def _hold_out(top, paths, fraction):
+def _hold_out(top, paths):
     """The test files of a class, and the file that had to be moved, if any."""
     hashes = {path: _path_hash(path.relative_to(top)) for path in paths}
-    tested = {path for path in paths if hashes[path] < fraction}
+    tested = {path for path in paths if hashes[path] < TEST_FRACTION}
     if 0 < len(tested) < len(paths) or not paths:
         return tested, set()
     if len(paths) == 1:
@@ -263,5 +262,7 @@ def _printable(path):
 def _sub_folders(folder):
     """The folders in a folder that may hold images."""
     paths = sorted(path for path in folder.iterdir() if path.is_dir())
-    paths = [path for path in paths if not is_system_name(path.name) and not leads_up(path)]
+    paths = [
+        path for path in paths if not is_system_name(path.name) and not links_to_own_parent(path)
+    ]
     return [path for path in paths if not is_output(path)]

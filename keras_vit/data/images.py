@@ -144,6 +144,7 @@ def _read(file, size, channels, resize):
                 f"{TooLarge.START}{count:,} pixels; at most {most:,} are read. Save a smaller copy"
             )
         pixels, used = in_8_bits(image)
+        pixels.load()  # A PNG may tell its orientation after its pixels.
         # Pillow itself turns a TIFF.
         image = pixels if image.format == "TIFF" else _turned(pixels, _orientation(image))
         if image.has_transparency_data:
@@ -167,7 +168,15 @@ def _fitted(image, size, resize):
     if resize == "crop":
         return ImageOps.fit(image, size, bilinear)
     if resize == "pad":
-        return ImageOps.pad(image, size, bilinear, color=(0,) * len(image.getbands()))
+        # As by Pillow's own `pad`, but for a row or a column at least of a narrow image.
+        if image.width / image.height > size[0] / size[1]:
+            inner = size[0], max(1, round(image.height / image.width * size[0]))
+        else:
+            inner = max(1, round(image.width / image.height * size[1])), size[1]
+        padded = Image.new(image.mode, size)
+        left, top = (round((new - old) / 2) for new, old in zip(size, inner))
+        padded.paste(image.resize(inner, bilinear), (left, top))
+        return padded
     return image.resize(size, bilinear)
 
 

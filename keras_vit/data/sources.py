@@ -172,7 +172,8 @@ def _with_labels_of_a_model(dataset, class_names):
     left_out = {_of_other_classes(others): int((~kept).sum())} if not kept.all() else {}
     pair = (images if kept.all() else subset(images, kept)), new_labels[kept]
     found = Dataset(dataset.name, *pair, *pair, class_names, dataset.horizontal_flip)
-    return dataclasses.replace(found, test_indices=np.flatnonzero(kept)), left_out
+    indices = np.arange(len(kept)) if dataset.test_indices is None else dataset.test_indices
+    return dataclasses.replace(found, test_indices=indices[kept]), left_out
 
 
 def different_classes(expected, received, of):

@@ -262,7 +262,7 @@ def _fitted(image, size, resize):
     sides, new = (tf.cast(x, tf.float64) for x in (tf.shape(image)[:2], size))
     inner = size
     if resize == "crop":  # The largest box of the new aspect ratio, in the middle.
-        box = whole(new * tf.reduce_min(sides / new))
+        box = tf.maximum(whole(new * tf.reduce_min(sides / new)), 1)
         place = (tf.shape(image)[:2] - box) // 2
         image = tf.image.crop_to_bounding_box(image, *tf.unstack(place), *tf.unstack(box))
     elif resize == "pad":

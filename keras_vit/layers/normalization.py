@@ -46,7 +46,7 @@ class Normalization(keras.layers.Layer):
 
         self.mean = add_statistic("mean", "zeros")
         self.variance = add_statistic("variance", "ones")
-        # Unused; for files of earlier versions, which used `keras.layers.Normalization`.
+        # Not read: the saved weights have it, as those of `keras.layers.Normalization` do.
         self.count = add_statistic("count", "zeros", (), "int")
 
     def adapt(self, batches: Iterable[np.ndarray]) -> None:

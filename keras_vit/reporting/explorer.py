@@ -8,6 +8,7 @@ from PIL import Image
 
 from keras_vit.attention import attention_scores
 from keras_vit.model import augmented_for_display, check_is_vision_transformer
+from keras_vit.transfer import grid
 
 # Bytes of attention scores in one page, one per score.
 MAX_BYTES = 3 * 2**20
@@ -40,7 +41,7 @@ def pack(model, images, titles):
         raise ValueError(f"Expected at least one image. Received: images.shape={images.shape}")
     patches, config = model.get_layer("patches"), model.get_config()
     _, height, width, _ = patches.input.shape
-    rows, columns = height // patches.patch_size, width // patches.patch_size
+    rows, columns = grid(model)
     class_token = model.pooling == "token"
     size = config["depth"] * config["num_heads"] * (class_token + rows * columns) ** 2
     fused = size > MAX_BYTES

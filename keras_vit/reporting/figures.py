@@ -38,6 +38,7 @@ STYLE: dict[typing.Any, typing.Any] = {
 }
 SEED = 0
 MAX_PATCHES = 128
+MAX_LABELS = 20  # Most class names of a confusion matrix.
 
 
 def draw_all(
@@ -333,10 +334,10 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
     texts = load_texts(language)["figures"]["confusion_matrix"]
     class_names = fonts.legible(class_names, load_texts(language)["class"])
     count = len(class_names)
-    legible = count <= 20
+    legible = count <= MAX_LABELS
     fitted = [_fitted(name, 1.6, 10) for name in class_names]
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
-        side = 2.5 + 0.6 * min(count, 20)
+        side = 2.5 + 0.6 * min(count, MAX_LABELS)
         figure, axis = plt.subplots(figsize=(side + 0.3, side))
         display = ConfusionMatrixDisplay.from_predictions(
             labels,
@@ -365,6 +366,9 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             some = np.arange(0, count, -(-count // 50))
             axis.set_xticks(some, some)
             axis.set_yticks(some, some)
+            percent = FuncFormatter(lambda rate, _: f"{100 * rate:.0f}")
+            bar = figure.colorbar(display.im_, ax=axis, shrink=0.6, format=percent)
+            bar.outline.set_visible(False)
         accuracy = np.mean(probabilities.argmax(axis=1) == labels)
         title = texts["title"].format(accuracy=localize(f"{accuracy:.2%}", language))
         title, size = _fitted(title, side, 12)

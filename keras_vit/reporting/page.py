@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_vit.model import EPSILON, check_is_vision_transformer, layers_in_inference
+from keras_vit.transfer import check_not_quantized, grid
 
 # A page holds 2.7 bytes for each parameter, and a browser 4 bytes for each attention score.
 MAX_PARAMETERS = 20_000_000
@@ -34,7 +35,7 @@ def pack(model):
     _check(model)
     patches, config = model.get_layer("patches"), model.get_config()
     height, width, channels = config["image_shape"]
-    rows, columns = height // patches.patch_size, width // patches.patch_size
+    rows, columns = grid(model)
     tensors = [_rows(weights) for weights in _weights(model, config["depth"])]
     steps = [np.abs(tensor).max(axis=1) / LEVELS for tensor in tensors]
     levels = [
@@ -52,7 +53,7 @@ def pack(model):
             "class_token": model.pooling == "token",
             "classes": config["num_classes"],
             "epsilon": EPSILON,
-            "resize": getattr(model, "resize", "squash"),
+            "resize": model.resize,
             "parameters": sum(tensor.size for tensor in tensors),
         },
         "mean": _numpy(normalization.mean).tolist(),
@@ -78,11 +79,7 @@ def _check(model):
             f"a page does not run those layers. {received} with layer {acting[0].name!r}, a "
             f"{type(acting[0]).__name__}"
         )
-    quantized = [x.name for x in model._flatten_layers() if x.quantization_mode is not None]
-    if quantized:
-        raise ValueError(
-            f"Expected a model without quantized layers. {received} with {', '.join(quantized)}"
-        )
+    check_not_quantized(model)
     config, tokens = model.get_config(), model.get_layer("position_embedding").output.shape[1]
     parameters = sum(math.prod(weight.shape) for weight in model.weights)
     if parameters > MAX_PARAMETERS:

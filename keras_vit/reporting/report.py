@@ -16,22 +16,21 @@ from pygments.lexers import PythonLexer
 
 import keras_vit.layers
 from keras_vit.files import atomic_write
-from keras_vit.reporting import page
+from keras_vit.reporting import fonts, page
 from keras_vit.reporting.explorer import COLOURS, MAX_IMAGES, data_uri, pack, png_uri
+from keras_vit.reporting.figures import MAX_LABELS
 from keras_vit.reporting.representations import embedded_pictures
 from keras_vit.reporting.texts import TEMPLATES, describe_prediction, load_texts, localize
 from keras_vit.training import step_schedule
 
 SEED = 0
 MAX_NAMES = 12  # Classes that the title of a page lists.
-# For each section, its picture, and the classes and functions whose source it shows.
+# For each section, its picture, and the classes and functions whose source it shows. That of the
+# augmentation layers is added.
 SECTIONS = {
     "augmentation": (
         "augmentation.png",
-        (
-            "model.default_augmentation",
-            "training.fitting.augmentation",
-        ),  # And the layers themselves.
+        ("model.default_augmentation", "training.fitting.augmentation"),
     ),
     "place": (None, ("model.VisionTransformer",)),
     "data": (None, ("data.sources.load_dataset", "data.batches.Batches", "layers.Normalization")),
@@ -57,7 +56,7 @@ SECTIONS = {
     "results": (
         "predictions.png",
         (
-            *("reporting.metrics.predict", "reporting.metrics.classification_metrics"),
+            *("prediction.predict", "reporting.metrics.classification_metrics"),
             *("reporting.metrics.calibration_error", "reporting.figures.draw_predictions"),
         ),
     ),
@@ -121,6 +120,9 @@ def write_report(
         attention = pack(model, images, titles)
     except ValueError:  # Too many tokens for a page.
         attention = None
+    names = list(metrics["per_class"])
+    if len(names) > MAX_LABELS or fonts.legible(names, "class") != names:  # As in the pictures.
+        names = [f"{number}: {name}" for number, name in enumerate(names)]
     headline = {
         "accuracy": f"{metrics['accuracy']:.2%}",
         "loss": f"{metrics['loss']:.3f}",
@@ -150,7 +152,7 @@ def write_report(
                 },
                 "images": localize(f"{row['images']:,}", language),
             }
-            for name, row in metrics["per_class"].items()
+            for name, row in zip(names, metrics["per_class"].values(), strict=True)
         },
         attention=attention,
         highlighting=Markup(
@@ -289,7 +291,7 @@ def _facts(config, metrics, model, dataset, language):
         "patch_size": patches.patch_size,
         **dict(zip(("cut_height", "cut_width"), patches.input.shape[1:3])),
         **dict(zip(("num_patches", "values_per_patch"), patches.output.shape[1:])),
-        "milestone_epochs": milestone_epochs,
+        "milestone_epochs": [x for x in milestone_epochs if x < metrics["epochs"]],
         "classes": dataset.class_names,
         "augmentation": [type(layer).__name__ for layer in model.augmentation],
         "layers": [type(layer).__name__ for layer in model.layers],
@@ -355,11 +357,11 @@ def _tables(texts, facts):
             "schedule": texts[config["schedule"]],
             "weight_decay": localize(f"{config['weight_decay']:g}", language),
             **{
-                name: localize(f"{config[name]:.0%}", language)
+                name: localize(f"{100 * config[name]:g}%", language)
                 for name in ("warmup", "label_smoothing", "stochastic_depth")
                 if config.get(name)
             },
-            **_image_scales(config),
+            **_image_scales(config, language),
             "batch_size": config["batch_size"],
             "training_time": f"{minutes} min {seconds} s",
             "versions": ", ".join(
@@ -369,13 +371,14 @@ def _tables(texts, facts):
     }
 
 
-def _image_scales(config):
+def _image_scales(config, language):
     """The row about progressive resizing, if the run had any."""
     scales = config.get("image_scales")
     if not scales:
         return {}
-    ends = [f" ({milestone:.0%})" for milestone in config["image_scale_milestones"]]
-    return {"image_scales": " → ".join(f"{x:.0%}{y}" for x, y in zip([*scales, 1], [*ends, ""]))}
+    ends = [f" ({100 * milestone:.3g}%)" for milestone in config["image_scale_milestones"]]
+    steps = (f"{100 * x:.3g}%{y}" for x, y in zip([*scales, 1], [*ends, ""]))
+    return {"image_scales": localize(" → ".join(steps), language)}
 
 
 def _source(name):

@@ -174,7 +174,7 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
         language: `"en"` or `"pl"`, that of titles, labels and legends.
     """
     texts = load_texts(language)["figures"]["attention_distance"]
-    class_token, patch_size = _has_class_token(model), model.get_layer("patches").patch_size
+    class_token, patch_size = model.pooling == "token", model.get_layer("patches").patch_size
     place = {"grid": grid(model), "patch_size": patch_size, "class_token": class_token}
     first = attention_scores(model, images[:1])
     uniform = attention_distance(np.ones_like(first), **place).mean()
@@ -190,7 +190,9 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
     with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7, 4.4))
         axis.axhline(uniform, color=GREY, linestyle="--", label=texts["uniform"])
-        axis.plot(blocks, distances.mean(axis=1), color=ORANGE, label=texts["mean"])
+        # The mark shows the mean of a single block, too.
+        mark = {"marker": "_", "markersize": 16, "markeredgewidth": 3}
+        axis.plot(blocks, distances.mean(axis=1), color=ORANGE, label=texts["mean"], **mark)
         # The head of the model reads nothing of the last block but the class token.
         unread = depth if class_token else None
         for block, values in zip(blocks, distances):
@@ -229,7 +231,7 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
         attention_scores(model, images),
         attention_gradients(model, images, classes),
     )
-    class_token, patch_size = _has_class_token(model), model.get_layer("patches").patch_size
+    class_token, patch_size = model.pooling == "token", model.get_layer("patches").patch_size
     maps = [
         attention_rollout(scores),
         attention_rollout(scores, class_token=class_token, gradients=gradients),
@@ -278,7 +280,7 @@ def _mosaic(model):
     """
     positions = keras.ops.convert_to_numpy(model.get_layer("position_embedding").position)[0]
     height, width = sizes = grid(model)
-    similarity = position_similarity(positions, sizes, _has_class_token(model))
+    similarity = position_similarity(positions, sizes, model.pooling == "token")
     rows, columns = (_spread(size, MAX_MAPS) for size in sizes)
     mosaic = np.full((len(rows), height + 1, len(columns), width + 1), np.nan)
     shown = similarity[np.ix_(rows, columns)]
@@ -303,10 +305,6 @@ def _show_at(axis, picture, top, left=0.0, width=1.0, **options):
     axis.imshow(picture, extent=(left, left + width, top + 1, top), **options)
     axis.set(xticks=[], yticks=[])
     axis.set_axis_off()
-
-
-def _has_class_token(model):
-    return model.pooling == "token"
 
 
 def _spread(size, count):

@@ -167,7 +167,7 @@ def fit(
     first = next((i for i, x in enumerate(stages) if last_epoch < x.end), len(stages) - 1)
 
     # Adam's bias correction goes by the step, so an optimizer that continues keeps its count.
-    before = pretrained.optimizer if extends else None
+    before = pretrained.optimizer if extends and pretrained else None
     steps_before = int(getattr(before, "inner_optimizer", before).iterations) if before else 0
 
     def model_of(stage):
@@ -187,21 +187,13 @@ def fit(
         early_stopping=recipe.early_stopping,
         small_until=stages[-2].end if len(stages) > 1 else 0,
     )
-    callbacks = [
-        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)),
-        journal,
-    ]
-    if recipe.schedule == "milestones":
-        schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
-        # After the state is restored, and before the journal, which writes down the rate.
-        callbacks.insert(1, keras.callbacks.LearningRateScheduler(schedule))
-    if tensorboard and run_dir and distribution.is_first():
-        callbacks.append(keras.callbacks.TensorBoard(run_dir / "tensorboard"))
+    padding = 1.0
     if validation is not None:
         images, labels = validation
         in_order = InOrder(images, labels, recipe.batch_size)
-        callbacks.insert(0, Unpadded(in_order.padding))
-        validation = fed(in_order)
+        padding, validation = in_order.padding, fed(in_order)
+    logs = run_dir / "tensorboard" if tensorboard and run_dir and distribution.is_first() else None
+    callbacks = _callbacks(journal, recipe, padding, logs)
     weights = class_weights(dataset.train_labels, recipe.class_weights)
     settings = {
         "shuffle": False,
@@ -242,6 +234,20 @@ def fit(
             fit_until(stage.end)
     measured = [key for key in journal.rows[0] if key not in ("epoch", "precision")]
     return {key: [row[key] for row in journal.rows] for key in measured}
+
+
+def _callbacks(journal, recipe, padding, logs):
+    """The callbacks of `fit`, in the order in which they act."""
+    start = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, _: journal.start_epoch(epoch)
+    )
+    callbacks: list[keras.callbacks.Callback] = [Unpadded(padding), start]
+    if recipe.schedule == "milestones":
+        schedule, _ = step_schedule(recipe.learning_rate, recipe.epochs, recipe.milestones)
+        # After the state is restored, and before the journal, which writes down the rate.
+        callbacks.append(keras.callbacks.LearningRateScheduler(schedule))
+    callbacks.append(journal)
+    return callbacks + ([keras.callbacks.TensorBoard(logs)] if logs else [])
 
 
 class Unpadded(keras.callbacks.Callback):

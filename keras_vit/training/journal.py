@@ -144,7 +144,6 @@ class Journal(keras.callbacks.Callback):
         self._steps += 1
         if distribution.stops_after(self._steps):
             self._signals.append(signal.SIGTERM)
-        # There may be several steps per dispatch.
         due = self.save_every and self._done // self.save_every > before // self.save_every
         saves = (self._signals or due) and self._done < self._total
         if saves or self._checks_each_step:

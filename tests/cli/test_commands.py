@@ -548,14 +548,13 @@ def test_a_frozen_model_is_exported_as_well(model):
 
 
 def test_an_export_that_answers_otherwise_is_an_error(place, model, capsys, monkeypatch, tmp_path):
-    from keras_vit import export
-    from keras_vit.reporting import metrics
+    from keras_vit import export, prediction
 
     if keras.backend.backend() != "tensorflow":
         pytest.skip("the command runs on TensorFlow")
 
     def wrong(images):
-        return metrics.predict(model, images) + 0.002
+        return prediction.predict(model, images) + 0.002
 
     monkeypatch.setattr(export, "write", lambda *_: None)
     monkeypatch.setattr(export, "add_metadata", lambda *_: None)
@@ -615,7 +614,7 @@ WRONG = {
     "evaluate {model} --dataset {images} -o {run}": "holds a run, whose metrics would be lost",
     "explain {model} x.png": "required: -o/--output",
     "features {model} x.png -o x.csv": "--output must end in .npz, but is x.csv",
-    "explain {model} {images}/accuracy -o {images}/accuracy": "is the folder of",
+    "explain {model} {images}/blå -o {images}/accuracy": "accuracy holds 0.png, beside which pic",
     "explain {model} x.png -o x --target dog": "one of $_$, accuracy, blå, not 'dog'\n",
     "evaluate {model} --dataset {images} -o {images}/accuracy": "holds images of --dataset",
     "evaluate {model} --dataset digits": (

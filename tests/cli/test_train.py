@@ -204,7 +204,7 @@ def test_the_digits_have_a_recipe_of_their_own():
 @pytest.mark.parametrize(
     ("has_gpu", "epochs", "milestones"), [(False, 5, [3, 5]), (True, 160, [100, 150])]
 )
-def test_a_plain_run_is_the_assignment_on_every_machine(
+def test_a_plain_run_trains_the_baseline_on_every_machine(
     has_gpu, epochs, milestones, capsys, monkeypatch, tmp_path
 ):
     """AdamW and `LearningRateScheduler` on the baseline's model, for fewer epochs without a GPU."""

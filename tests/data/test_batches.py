@@ -1,5 +1,7 @@
 """The order of images in an epoch, and the parts that a data set is split into."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -72,6 +74,18 @@ def test_a_split_needs_at_least_as_many_images_as_classes_on_either_side(count):
         numbered().limit_train(count, seed=0)
     with pytest.raises(ValueError, match=rf"images of 4 .*Received: validation={count}"):
         numbered().hold_out(count, seed=0)
+
+
+def test_no_class_loses_all_of_its_training_images():
+    """Such as a rare one, where few images are taken; one without any is not the split's fault."""
+    dataset = numbered(classes=2)
+    rare = dataclasses.replace(dataset, train_labels=(np.arange(100) >= 98).astype(int))
+    with pytest.raises(ValueError, match="Class 'class 1' would .*Received: limit_train=10"):
+        rare.limit_train(10, seed=0)
+    without = dataclasses.replace(dataset, class_names=["a", "b", "c"])
+    kept, (_, labels) = without.hold_out(20, seed=0)
+    assert np.bincount(labels).tolist() == [10, 10] and len(kept.train_labels) == 80
+    assert len(without.limit_train(20, seed=0).train_labels) == 20
 
 
 def test_no_more_images_can_be_held_out_than_there_are():

@@ -8,6 +8,7 @@ import struct
 import sys
 import unicodedata
 import warnings
+import zlib
 
 import keras
 import numpy as np
@@ -96,6 +97,17 @@ def test_odd_exif_data_do_not_make_an_image_unreadable(tmp_path, entries):
     image = read_image(path)
     assert image.shape == (24, 16, 3) and abs(int(image.mean()) - 200) < 3
     assert image_files._size_of(path) == (24, 16)
+
+
+def test_a_png_may_tell_its_orientation_after_its_pixels(tmp_path):
+    file = io.BytesIO()
+    Image.fromarray(np.full((16, 24, 3), 200, "uint8")).save(file, "PNG")
+    content, kind = file.getvalue(), b"eXIf"
+    exif = b"II*\0\x08\0\0\0" + struct.pack("<H", 1) + TURNED + bytes(4)
+    chunk = struct.pack(">I", len(exif)) + kind + exif + struct.pack(">I", zlib.crc32(kind + exif))
+    end = content.index(b"IEND") - 4
+    (tmp_path / "turned.png").write_bytes(content[:end] + chunk + content[end:])
+    assert read_image(tmp_path / "turned.png").shape == (24, 16, 3)
 
 
 def grey_of_16_bits():
@@ -194,7 +206,7 @@ def test_an_image_with_too_many_pixels_is_refused_before_decoding(tmp_path):
     path = saved(tmp_path / "bomb.png", Image.new("1", (20000, 10000)))
     assert path.stat().st_size < 100_000
     with warnings.catch_warnings(action="error"):
-        with pytest.raises(TooLarge, match="too large: 200,000,000 pixels, at most 89,478,485 are"):
+        with pytest.raises(TooLarge, match="too large: 200,000,000 pixels; at most 89,478,485 are"):
             read_image(path)
         assert image_files._size_of(path) == (10000, 20000)
 
@@ -461,7 +473,7 @@ def test_images_are_decoded_once(tmp_path, monkeypatch):
     folder = fill(tmp_path / "set", ["a", "b"], 5)
     first = load_dataset(str(folder))
     with monkeypatch.context() as patch:
-        patch.setattr(image_files.Image, "open", None)
+        patch.setattr(image_files, "_opened", None)
         second = load_dataset(str(folder))
         np.testing.assert_array_equal(first.train_images, second.train_images)
         folder = folder.rename(tmp_path / "renamed")

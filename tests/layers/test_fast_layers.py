@@ -21,7 +21,8 @@ def normal(seed, *shape):
 def trained(layer, inputs, seed=5):
     """Weights of a layer after one step of plain gradient descent, and its loss before."""
     arguments = [keras.Input(x.shape[1:]) for x in inputs]
-    output = layer(*arguments)
+    is_attention = isinstance(layer, keras.layers.MultiHeadAttention)
+    output = layer(arguments[0], arguments[-1]) if is_attention else layer(*arguments)
     model = keras.Model(arguments, output)
     model.compile("sgd", "mse", run_eagerly=keras.backend.backend() == "torch")
     target = normal(seed, len(inputs[0]), *output.shape[1:])
@@ -48,13 +49,11 @@ def test_attention_has_the_outputs_and_gradients_of_keras_s_attention(lengths, u
         np.testing.assert_allclose(
             ops.convert_to_numpy(ours_part), ops.convert_to_numpy(theirs_part), atol=1e-5
         )
-    if lengths[0] != lengths[1]:
-        (after, loss), (expected, expected_loss) = (
-            trained(layer, (query, value)) for layer in (ours, theirs)
-        )
-        assert loss == pytest.approx(expected_loss, rel=1e-4)
-        for name, a, b in zip(ours.weights, after, expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name.path)
+    inputs = (query,) if value is query else (query, value)
+    (after, loss), (expected, expected_loss) = (trained(layer, inputs) for layer in (ours, theirs))
+    assert loss == pytest.approx(expected_loss, rel=1e-4)
+    for name, a, b in zip(ours.weights, after, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name.path)
 
 
 @pytest.mark.parametrize(

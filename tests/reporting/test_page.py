@@ -18,8 +18,8 @@ from keras_vit import (
     patch_weights,
 )
 from keras_vit.data import read_image
+from keras_vit.prediction import predict
 from keras_vit.reporting import page as pages
-from keras_vit.reporting.metrics import predict
 from keras_vit.reporting.report import write_page
 
 NAMES = ["ant", "bee </script>", "cat"]
@@ -155,7 +155,10 @@ def test_pictures_are_resized_as_by_predict(path, open_page, tmp_path):
 def test_pictures_are_cropped_and_padded_as_by_pillow(path, open_page):
     page = open_page(path, reduced_motion="reduce")
     for resize, fitted in {"crop": ImageOps.fit, "pad": ImageOps.pad}.items():
-        for shape, size in [((37, 50), (8, 8)), ((50, 37), (8, 12)), ((9, 16), (16, 9))]:
+        for shape, size in [
+            *[((37, 50), (8, 8)), ((50, 37), (8, 12)), ((9, 16), (16, 9))],
+            ((35, 56), (8, 12)),  # Padded, 7.5 rows are its own.
+        ]:
             image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype("uint8")
             expected = fitted(Image.fromarray(image), size[::-1], Image.Resampling.BILINEAR)
             found = resized(page, image, size, 3, resize=resize)
@@ -316,12 +319,15 @@ def test_a_page_without_images_in_polish_on_a_phone(small, open_page, tmp_path):
     )
     assert page.locator("h1").inner_text() == "Ant, bee </script> czy cat?"
     assert page.locator("#classes").is_hidden() and page.locator(".thumbnails").count() == 0
+    assert page.locator("#picture").get_attribute("role") is None  # Until there is a picture.
     file = io.BytesIO()
     Image.new("RGB", (50, 20), "red").save(file, "PNG")
     content = {"name": "red.png", "mimeType": "image/png", "buffer": file.getvalue()}
     page.locator("#file").set_input_files(content)
     answered(page)
     assert re.search(r"\d,\d\u00a0%", page.locator("#classes").inner_text())
+    assert page.locator("#said").inner_text().count("%") == 3
+    assert page.locator("#picture").get_attribute("role") == "application"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -346,7 +352,7 @@ def test_models_that_a_page_cannot_run_are_named(small, monkeypatch, tmp_path):
             VisionTransformer(**{**SMALL, "augmentation": [keras.layers.Rescaling(0.5, name="r")]}),
             "with layer 'r', a Rescaling",
         ),
-        (quantized, "without quantized layers.*with head"),
+        (quantized, "not quantized.*'head'"),
         (broken, "head/bias has NaN"),
     ]:
         with pytest.raises(ValueError, match=message):

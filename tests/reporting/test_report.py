@@ -253,7 +253,7 @@ def run(place, monkeypatch):
     return place / "run"
 
 
-def test_the_report_follows_the_nine_points_and_adds_a_tenth_with_the_runs_numbers(run, open_page):
+def test_the_report_has_all_sections_with_the_numbers_of_the_run(run, open_page):
     metrics = json.loads((run / "metrics.json").read_text())
     page = open_page(run / "report.html", viewport={"width": 1200, "height": 900})
     assert page.locator("main > section").count() == len(SECTIONS) == 10
@@ -263,7 +263,7 @@ def test_the_report_follows_the_nine_points_and_adds_a_tenth_with_the_runs_numbe
     captions = page.locator("#learned figcaption").all_inner_texts()
     assert [caption.split()[0] for caption in captions] == ["Principal", "Each", "How"]
     training = page.locator("#training").inner_text()
-    assert "divided by 10 after epochs 1, 2" in training and "AdamW" in training
+    assert re.search(r"divided by 10 after epoch 1\s", training) and "AdamW" in training
     row = page.locator("#results tr").nth(3).inner_text().split()
     assert row[:2] == ["blå", f"{metrics['per_class']['blå']['precision']:.3f}"]
     images = page.evaluate("[...document.images].map(x => x.naturalWidth)")

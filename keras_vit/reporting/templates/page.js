@@ -31,6 +31,7 @@
       worker.onmessage = (event) => answered(event.data);
       worker.onerror = () => {  // Such as a lack of memory.
         $("#problem").textContent = texts.failed;
+        main.classList.add("waiting");  // What is shown answers another picture.
         main.setAttribute("aria-busy", "false");
       };
       return (message, moved = []) => worker.postMessage(message, moved);
@@ -40,6 +41,7 @@
     }
   })();
   send({ model });
+  model.levels = model.steps = "";
 
   // Decodes a picture upright and without its colour profile, as `predict` does, where a browser knows these options.
   const decoded = (blob) => createImageBitmap(blob, { imageOrientation: "from-image", colorSpaceConversion: "none" })
@@ -88,10 +90,13 @@
     main.setAttribute("aria-busy", "true");
     const result = computed(bitmap, factor, id);
     for (const other of document.querySelectorAll(".thumbnails button")) other.setAttribute("aria-pressed", other === button);
-    [source, seen, fractions] = [displayed(bitmap), null, []];
+    [source, seen, fractions, answer] = [displayed(bitmap), null, [], null];
     Object.assign(state, { query: 0, target: null, pinned: 0 });
     Object.assign(look, { pixels: 0, gap: 0, veil: 0 });
     panel.className = "shown";
+    panel.tabIndex = 0;
+    panel.setAttribute("role", "application");
+    panel.setAttribute("aria-label", explorer.panel);
     panel.style.aspectRatio = `${source.width} / ${source.height}`;
     panel.style.maxWidth = `calc(64vh * ${source.width / source.height})`;
     bitmap.close();
@@ -232,10 +237,10 @@
           sum += answer.scores[row + j] * apart[i * count + j];
         }
       }
-      return total > 0 ? sum / total : 0;
+      return total > 0 ? sum / total : NaN;  // Where patches attend to the class token alone.
     });
     const plot = $(".plot"), uniform = apart.reduce((a, b) => a + b) / apart.length;
-    const top = 1.1 * Math.max(uniform, ...distances, 1e-9), told = [];
+    const top = 1.1 * Math.max(uniform, ...distances.filter((x) => x >= 0), 1e-9), told = [];
     const shown = (value) => value.toFixed(1).replace(".", explorer.decimal);
     const place = (name, kind, block, value, text = "") => {
       const mark = Object.assign(element(name, plot, text), { className: kind });
@@ -248,12 +253,15 @@
     place("span", "level", 0, uniform, shown(uniform));
     place("span", "level", 0, 0, "0");
     for (let block = 1; block <= blocks; block++) {
-      const values = distances.slice((block - 1) * heads, block * heads), mean = values.reduce((a, b) => a + b) / heads;
+      const values = distances.slice((block - 1) * heads, block * heads), known = values.filter((x) => x >= 0);
       place("span", "block", block, null, block);
       values.forEach((value, head) => {
+        if (!(value >= 0)) return;
         const mark = place("i", class_token && block === blocks ? "dot unread" : "dot", block, value);
         mark.title = `${nameOfMap({ block, head })}: ${shown(value)}`;
       });
+      if (!known.length) continue;
+      const mean = known.reduce((a, b) => a + b) / known.length;
       place("i", "dot mean", block, mean);
       told.push(`${explorer.block} ${block}: ${shown(mean)}`);
     }
@@ -291,7 +299,8 @@
   }
 
   const nameOf = (token) => filled(explorer.patch, { row: Math.ceil(token / columns), column: (token - 1) % columns + 1 });
-  const nameOfMap = ({ view, block, head }) => view === "rollout" ? filled(texts.rollout_to, { block })
+  const nameOfMap = ({ view, block, head }) => view === "rollout"
+    ? block === 1 ? `${explorer.block} 1 (${texts.rollout})` : filled(texts.rollout_to, { block })
     : `${explorer.block} ${block}, ${head === "mean" ? filled(texts.all_heads, { heads }) : `${explorer.head} ${head + 1}`}`;
 
   function mark() {
@@ -368,6 +377,7 @@
   };
   panel.onpointerleave = (event) => { if (event.pointerType !== "touch") set({ query: state.pinned, target: null }); };
   panel.onclick = (event) => {
+    if (panel.className === "empty") $("#file").click();
     if (!answer) return;
     const token = under(event), pinned = token === state.pinned ? 0 : token;
     set({ pinned, query: pinned, target: null });

@@ -11,8 +11,8 @@ function bytesOf(text) {
 // and the attention scores of all tokens, blocks x heads x tokens x tokens.
 function visionTransformer({ sizes, mean, scale, levels, steps }) {
   const { width, channels, patch, columns, dim, hidden, heads, blocks, tokens, class_token, classes, epsilon } = sizes;
-  const values = new Int16Array(bytesOf(levels).buffer), rowSteps = new Float32Array(bytesOf(steps).buffer);
-  let value = 0, row = 0;
+  const rowSteps = new Float32Array(bytesOf(steps).buffer);
+  let values = new Int16Array(bytesOf(levels).buffer), value = 0, row = 0;
   // The next tensor: 16-bit levels, times the step of their row.
   const tensor = (rows, size) => {
     const weights = new Float32Array(rows * size);
@@ -30,6 +30,7 @@ function visionTransformer({ sizes, mean, scale, levels, steps }) {
     mlpNorm: norm(), hidden: dense(dim, hidden), narrow: dense(hidden, dim),
   }));
   const lastNorm = norm(), head = dense(dim, classes);
+  values = null;  // All of them are read.
 
   // Rows of inputs times the kernel, plus the bias. Tiles of 4 x 4 outputs read each number once for four of them.
   function apply({ inputs, outputs, kernel, bias }, x) {
@@ -166,8 +167,8 @@ function resizer(sizes, picture) {
   const part = partOf(sizes, size), inner = { width, height, left: 0, top: 0 };
   if (sizes.resize === "pad") {
     // Black is added around the picture.
-    inner.width = Math.max(1, Math.min(width, even(size.width / part.width * width)));
-    inner.height = Math.max(1, Math.min(height, even(size.height / part.height * height)));
+    if (size.width / size.height > width / height) inner.height = Math.max(1, Math.min(height, even(size.height / size.width * width)));
+    else inner.width = Math.max(1, Math.min(width, even(size.width / size.height * height)));
     inner.left = even((width - inner.width) / 2);
     inner.top = even((height - inner.height) / 2);
     Object.assign(part, { left: 0, top: 0 }, size);
@@ -262,7 +263,8 @@ function answering(post) {
       reading = resizer(model, picture);
     } else if (reading.add(message.rows)) {
       const pixels = reading.pixels(), start = performance.now();
-      post({ id: picture.id, pixels, ...forward(pixels), milliseconds: performance.now() - start });
+      const answer = { id: picture.id, pixels, ...forward(pixels), milliseconds: performance.now() - start };
+      post(answer, [answer.scores.buffer]);
     }
   };
 }
