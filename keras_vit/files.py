@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import secrets
-import sys
 
 try:
     import fcntl
@@ -138,11 +137,6 @@ def write_json(path, content):
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         # File names may be arbitrary bytes.
         part.write_text(text, encoding="utf-8", errors="surrogateescape")
-
-
-def is_terminal():
-    """Whether stdout is a terminal, which can show a progress bar."""
-    return sys.stdout is not None and sys.stdout.isatty()
 
 
 def write_checksums(folder, names):

@@ -6,8 +6,9 @@ import math
 import keras
 
 from keras_vit.data import is_folder
-from keras_vit.data.folders import TEST, warn
+from keras_vit.data.folders import TEST
 from keras_vit.files import atomic_write, make_output, write_json
+from keras_vit.messages import warn
 from keras_vit.prediction import predict
 from keras_vit.reporting import figures, metrics
 from keras_vit_cli.errors import CommandError, explaining_failed_writes

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from keras_vit.data.folders import warn
 from keras_vit.files import make_output
+from keras_vit.messages import warn
 from keras_vit.reporting.explorer import MAX_IMAGES
 from keras_vit.reporting.report import write_page
 from keras_vit_cli.errors import CommandError, explaining_failed_writes

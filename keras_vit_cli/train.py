@@ -15,9 +15,10 @@ import numpy as np
 from keras_vit import devices, distribution, training
 from keras_vit.data import DatasetError, DatasetUnavailable, ImageError, load_dataset
 from keras_vit.data.dataset import SHORT, digest, digest_of_arrays
-from keras_vit.data.folders import VALIDATION, warn
+from keras_vit.data.folders import VALIDATION
 from keras_vit.files import atomic_write, make_output, write_json
 from keras_vit.loading import ModelError, load_model
+from keras_vit.messages import warn
 from keras_vit.presets import load_preset
 from keras_vit.training import checkpoints
 from keras_vit.training.journal import duration

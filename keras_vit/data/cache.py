@@ -14,7 +14,6 @@ import math
 import os
 import pathlib
 import shutil
-import sys
 import tempfile
 import time
 
@@ -28,7 +27,8 @@ from keras_vit.data.images import (
     read_and_measure,
 )
 from keras_vit.data.streaming import StreamedImages
-from keras_vit.files import PARTS, atomic_write, is_terminal, write_json
+from keras_vit.files import PARTS, atomic_write, write_json
+from keras_vit.messages import is_terminal, warn
 
 # Larger arrays are memory-mapped.
 IN_MEMORY = 2 * 2**30
@@ -362,10 +362,9 @@ def _read_all(paths, size, resize, images=None):
                 row += 1
             bar.update(start + len(chunk))
     if dark:
-        print(
-            f"WARNING: {len(dark):,} of {len(paths):,} images use less than a quarter of their 16 "
-            f"bits, such as {dark[0]}: they are read as dark as they are. If they hold 10 or 12 "
-            "bits, scale them to 16 first",
-            file=sys.stderr,
+        warn(
+            f"{len(dark):,} of {len(paths):,} images use less than a quarter of their 16 bits, "
+            f"such as {dark[0]}: they are read as dark as they are. If they hold 10 or 12 bits, "
+            "scale them to 16 first"
         )
     return unreadable

@@ -14,10 +14,9 @@ from keras_vit.data.folders import (
     TRAIN,
     VALIDATION,
     ImageFile,
-    enumerated,
-    warn,
 )
 from keras_vit.data.streaming import StreamedImages, subset
+from keras_vit.messages import enumerated, warn
 
 # Data sets whose classes are not invariant to horizontal flips, such as digits.
 NOT_MIRRORED = {

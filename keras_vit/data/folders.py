@@ -3,12 +3,12 @@
 import dataclasses
 import hashlib
 import os
-import sys
 import unicodedata
 
 from keras_vit.data import cache
 from keras_vit.data.images import ImageError, TooLarge
 from keras_vit.files import is_output, is_system_name, links_to_own_parent, visible
+from keras_vit.messages import enumerated, warn
 
 # Fraction of the files below which unreadable ones are left out.
 MOST_UNREADABLE = 0.01
@@ -118,7 +118,7 @@ def read_folder(folder, files, image_size=None, resize="squash", multiple_of=1):
     images, unreadable = cache.decoded(folder, files, size, resize, multiple_of)
     if unreadable:
         lines = [f"{_printable(path)}: {reason}" for path, reason in unreadable.items()]
-        shown = "; ".join(lines[:5]) + ("; ..." if len(lines) > 5 else "")
+        shown = enumerated(lines, "; ")
         damaged = [x for x in unreadable.values() if not x.startswith(TooLarge.START)]
         if damaged and len(damaged) >= MOST_UNREADABLE * len(files):
             raise ImageError(
@@ -180,15 +180,6 @@ def warn_of_split(files, names):
     if copies:
         count = f"{len(copies)} copies" if len(copies) > 1 else "1 copy"
         warn(f"left out {count} of test or validation images: {enumerated(copies)}")
-
-
-def enumerated(items):
-    """The first items of a list, for a message."""
-    return ", ".join(items[:5]) + (", ..." if len(items) > 5 else "")
-
-
-def warn(message):
-    print(f"WARNING: {message}", file=sys.stderr)
 
 
 def _parts(folder):

@@ -17,15 +17,14 @@ from keras_vit.data.folders import (
     VALIDATION,
     check_trainable,
     composed,
-    enumerated,
     list_folder,
     read_folder,
-    warn,
     warn_of_split,
 )
 from keras_vit.data.images import ImageError
 from keras_vit.data.streaming import subset
 from keras_vit.data.tfds import load_tfds
+from keras_vit.messages import enumerated, warn
 from keras_vit.validation import resizing
 
 # Names that refer to a data set even if there is a folder of the same name.

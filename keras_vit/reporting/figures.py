@@ -5,37 +5,31 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import textwrap
-import typing
 
 import keras
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from keras_vit.attention import attention_rollout, attention_scores, patch_weights
 from keras_vit.files import atomic_write
 from keras_vit.layers import Patches
+from keras_vit.messages import enumerated, warn
 from keras_vit.model import augmented_for_display
-from keras_vit.reporting import fonts
+from keras_vit.reporting import fonts, representations
+from keras_vit.reporting.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    STYLE,
+    LocalizedTicks,
+    fitted,
+    save,
+)
 from keras_vit.reporting.texts import describe_prediction, load_texts, localize
 
-# Okabe and Ito's palette, which is safe for colour-blind readers.
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"
-STYLE: dict[typing.Any, typing.Any] = {
-    "font.family": fonts.FAMILY,
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",
-    "image.interpolation": "nearest",
-    "legend.edgecolor": "none",
-    "savefig.dpi": 150,
-    "text.parse_math": False,  # A class may be called `$`.
-}
 SEED = 0
 MAX_PATCHES = 128
 MAX_LABELS = 20  # Most class names of a confusion matrix.
@@ -59,11 +53,9 @@ def draw_all(
     drawn_names = fonts.legible(class_names, load_texts(language)["class"])
     numbered = [f"{new}: {old}" for old, new in zip(class_names, drawn_names) if new != old]
     if numbered:
-        print(
-            "WARNING: no font has the letters of all class names: the pictures number them "
-            f"({', '.join(numbered[:5])}{', ...' if len(numbered) > 5 else ''}). Install "
-            "one, such as Noto Sans CJK",
-            file=sys.stderr,
+        warn(
+            "no font has the letters of all class names: the pictures number them "
+            f"({enumerated(numbered)}). Install one, such as Noto Sans CJK"
         )
     class_names = drawn_names
     patch_size = model.get_layer("patches").patch_size
@@ -87,7 +79,6 @@ def draw_all(
     ]
     path = folder / "attention_rollout.png"
     draw_attention_rollout(model, images[examples], titles, path, **common)
-    from keras_vit.reporting import representations  # It builds on this module.
 
     representations.draw_all(model, images, probabilities, class_names, folder, **common)
 
@@ -123,7 +114,7 @@ def draw_augmentation(layers, images, path, source=None, count=5, draws=9, langu
         names = " → ".join(type(layer).__name__ for layer in layers)
         title = texts["augmented"].format(layers=names) if layers else texts["none"]
         axes[0, (draws + 1) // 2].set_title(title, fontsize=10)
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_patches(image, patch_size, path, source=None, language="en"):
@@ -169,7 +160,7 @@ def draw_patches(image, patch_size, path, source=None, language="en"):
             axis.set_xlabel(position, fontsize=8, labelpad=1)
         for axis in axes[len(patches) :]:
             axis.axis("off")
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_model(model, path):
@@ -189,7 +180,7 @@ def draw_model(model, path):
             _run_graphviz(graph, part)
     except Exception as error:
         pathlib.Path(path).unlink(missing_ok=True)  # One of another model.
-        print(f"WARNING: {path} was not drawn: {error}", file=sys.stderr)
+        warn(f"{path} was not drawn: {error}")
 
 
 def _run_graphviz(graph, path):
@@ -231,7 +222,7 @@ def draw_history(history, milestone_epochs, path, source=None, language="en"):
                     values = scale * np.asarray(history[column])
                     axis.plot(epochs, values, line, color=colour, label=texts[name], markersize=4)
             axis.set_title(texts[metric])
-            axis.yaxis.set_major_formatter(_LocalizedTicks(language))
+            axis.yaxis.set_major_formatter(LocalizedTicks(language))
             axis.legend()
         rates, style = history["learning_rate"], {"color": GREEN, "markersize": 4}
         if milestone_epochs:
@@ -244,7 +235,7 @@ def draw_history(history, milestone_epochs, path, source=None, language="en"):
             axes[2].set_title(texts["learning_rate"])
         else:  # It ends at zero; the history holds its value at the end of each epoch.
             axes[2].plot(epochs, rates, "o-", **style)
-            axes[2].yaxis.set_major_formatter(_LocalizedTicks(language))
+            axes[2].yaxis.set_major_formatter(LocalizedTicks(language))
             axes[2].set_title(texts["learning_rate_after_epoch"])
         for axis in axes:
             axis.set_xlabel(texts["epoch"])
@@ -256,7 +247,7 @@ def draw_history(history, milestone_epochs, path, source=None, language="en"):
         if milestone_epochs:
             axes[2].plot([], [], ":", color=GREY, label=texts["milestone"])
             axes[2].legend()
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_predictions(
@@ -310,12 +301,12 @@ def draw_predictions(
                 title = describe_prediction(
                     class_names[labels[index]], class_names[predicted[index]], language
                 )
-                title, size = _fitted(title, 1.95, 11)
+                title, size = fitted(title, 1.95, 11)
                 picture.set_title(title, fontsize=size)
                 _draw_top_classes(
                     bar, labels[index], probabilities[index], class_names, texts["true"]
                 )
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_confusion_matrix(labels, probabilities, class_names, path, source=None, language="en"):
@@ -335,7 +326,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
     class_names = fonts.legible(class_names, load_texts(language)["class"])
     count = len(class_names)
     legible = count <= MAX_LABELS
-    fitted = [_fitted(name, 1.6, 10) for name in class_names]
+    shown = [fitted(name, 1.6, 10) for name in class_names]
     with plt.rc_context({**STYLE, "axes.spines.top": True, "axes.spines.right": True}):
         side = 2.5 + 0.6 * min(count, MAX_LABELS)
         figure, axis = plt.subplots(figsize=(side + 0.3, side))
@@ -343,7 +334,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             labels,
             probabilities.argmax(axis=1),
             labels=np.arange(count),
-            display_labels=[name for name, _ in fitted] if legible else None,
+            display_labels=[name for name, _ in shown] if legible else None,
             normalize="true",
             include_values=False,
             colorbar=False,
@@ -354,7 +345,7 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
         )
         if legible:
             labels_of_axes = [*axis.get_xticklabels(), *axis.get_yticklabels()]
-            plt.setp(labels_of_axes, fontsize=min(size for _, size in fitted))
+            plt.setp(labels_of_axes, fontsize=min(size for _, size in shown))
             plt.setp(axis.get_xticklabels(), ha="right", rotation_mode="anchor")
             for (row, column), rate in np.ndenumerate(np.nan_to_num(display.confusion_matrix)):
                 if round(100 * rate) > 0:
@@ -371,11 +362,11 @@ def draw_confusion_matrix(labels, probabilities, class_names, path, source=None,
             bar.outline.set_visible(False)
         accuracy = np.mean(probabilities.argmax(axis=1) == labels)
         title = texts["title"].format(accuracy=localize(f"{accuracy:.2%}", language))
-        title, size = _fitted(title, side, 12)
+        title, size = fitted(title, side, 12)
         axis.set_title(title, fontsize=size, loc="right")  # On the left, names leave it room.
         axis.set_xlabel(texts["predicted"])
         axis.set_ylabel(texts["true"])
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_attention_rollout(model, images, titles, path, source=None, language="en"):
@@ -414,7 +405,7 @@ def draw_attention_rollout(model, images, titles, path, source=None, language="e
         ):
             final = by_depth[-1]
             _show(row[0], image)
-            title, size = _fitted(title, 1.35, 8.5)
+            title, size = fitted(title, 1.35, 8.5)
             row[0].set_ylabel(title, fontsize=size)
             _show_map(row[1], final)
             strength = (final - final.min()) / np.ptp(final).clip(1e-12)
@@ -432,7 +423,7 @@ def draw_attention_rollout(model, images, titles, path, source=None, language="e
         for axis, heading in zip(axes[0], headings):
             axis.set_title(heading, fontsize=10)
         figure.supxlabel(texts["scale"], fontsize=9)
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def _folded(model):
@@ -490,30 +481,9 @@ def _draw_top_classes(axis, label, probabilities, class_names, mark):
     for y, index in enumerate(top):
         text = f"{class_names[index]} {probabilities[index]:.0%}"
         text += f" ← {mark}" if index == label else ""
-        text, size = _fitted(text, 1.85, 8, smallest=1)
+        text, size = fitted(text, 1.85, 8, smallest=1)
         # A long text must not make the layout shrink the images.
         axis.text(0.02, y, text, va="center", fontsize=size, in_layout=False)
-
-
-def _fitted(text, inches, largest, smallest=7):
-    """A text and its font size, smaller or wrapped as needed to fit a width in inches."""
-    character = 0.56  # Mean width of a character, relative to the font size.
-    longest = max(map(len, text.splitlines()), default=1)
-    size = min(max(72 * inches / (character * longest), smallest), largest)
-    width = max(1, int(72 * inches / (character * size) + 0.01))
-    lines = (part for line in text.splitlines() for part in textwrap.wrap(line, width))
-    return "\n".join(lines), size
-
-
-class _LocalizedTicks(ScalarFormatter):
-    """Tick labels as the language writes numbers."""
-
-    def __init__(self, language):
-        super().__init__()
-        self.language = language
-
-    def __call__(self, x, pos=None):
-        return localize(super().__call__(x, pos), self.language)
 
 
 def _show(axis, image):
@@ -546,12 +516,3 @@ def _frame(axis, colour, line):
             linewidth=4,
         )
     )
-
-
-def _save(figure, path, source):
-    if source is not None:
-        figure.suptitle(source, x=0.995, ha="right", fontsize=9, color=GREY)
-    fonts.fit(figure)
-    with atomic_write(pathlib.Path(path)) as part:
-        figure.savefig(part)
-    plt.close(figure)

@@ -19,16 +19,8 @@ from keras_vit.attention import (
 from keras_vit.embeddings import patch_filters, position_similarity
 from keras_vit.layers import PositionEmbedding
 from keras_vit.model import augmented_for_display
+from keras_vit.reporting.drawing import BLUE, GREY, ORANGE, STYLE, LocalizedTicks, fitted, save
 from keras_vit.reporting.explorer import data_uri, png_uri
-from keras_vit.reporting.figures import (
-    BLUE,
-    GREY,
-    ORANGE,
-    STYLE,
-    _fitted,
-    _LocalizedTicks,
-    _save,
-)
 from keras_vit.reporting.texts import load_texts, localize
 from keras_vit.transfer import grid
 
@@ -120,7 +112,7 @@ def draw_patch_filters(model, path, source=None, language="en"):
         sizes = {"count": len(filters), "filters": kernel.shape[1], "size": patch_size}
         axis.set_title(texts["title"].format(**sizes))
         figure.supxlabel(texts["scale"], fontsize=9)
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_position_similarity(model, path, source=None, language="en"):
@@ -142,7 +134,7 @@ def draw_position_similarity(model, path, source=None, language="en"):
             figure, axis = plt.subplots(figsize=(6, 2))
             axis.axis("off")
             axis.text(0.5, 0.5, texts["none"], ha="center", va="center")
-            return _save(figure, path, source)
+            return save(figure, path, source)
         mosaic, low, rows, columns = _mosaic(model)
         height, width = grid(model)
         cells = max(mosaic.shape)
@@ -157,10 +149,10 @@ def draw_position_similarity(model, path, source=None, language="en"):
             spine.set_visible(False)
         axis.set_xlabel(texts["column"])
         axis.set_ylabel(texts["row"])
-        bar = figure.colorbar(drawn, ax=axis, shrink=0.6, format=_LocalizedTicks(language))
+        bar = figure.colorbar(drawn, ax=axis, shrink=0.6, format=LocalizedTicks(language))
         bar.set_label(texts["similarity"])
         bar.outline.set_visible(False)
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_attention_distance(model, images, path, source=None, language="en"):
@@ -207,11 +199,11 @@ def draw_attention_distance(model, images, path, source=None, language="en"):
         axis.set_xlabel(texts["block"])
         axis.set_ylabel(texts["distance"])
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.yaxis.set_major_formatter(_LocalizedTicks(language))
+        axis.yaxis.set_major_formatter(LocalizedTicks(language))
         axis.grid(alpha=0.25)
         figure.legend(loc="outside lower center", fontsize=9)
         axis.set_title(texts["title"].format(count=len(images)))
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def draw_class_maps(model, images, classes, titles, path, source=None, language="en"):
@@ -253,7 +245,7 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
             zip(images, model_inputs, titles, *maps)
         ):
             top = 1.05 * number
-            title, size = _fitted(title, side, 10)
+            title, size = fitted(title, side, 10)
             middle = {"ha": "right", "va": "center", "rotation": 90}
             axes[0].text(-0.05, top + 0.5, title, fontsize=size, **middle)
             _show_at(axes[0], _as_bytes(image), top, width=aspects[0])
@@ -270,7 +262,7 @@ def draw_class_maps(model, images, classes, titles, path, source=None, language=
             axis.set(xlim=(0, aspect), ylim=(1.05 * len(images) - 0.05, 0))
             axis.set_title(heading, fontsize=10)
         figure.supxlabel(both["scale"], fontsize=9)
-        _save(figure, path, source)
+        save(figure, path, source)
 
 
 def _mosaic(model):

@@ -8,9 +8,9 @@ from keras_vit.data.batches import InOrder, batches_of, fed
 from keras_vit.data.dataset import digest
 from keras_vit.data.streaming import sample
 from keras_vit.devices import accelerators, on_jax_accelerator
-from keras_vit.files import is_terminal
 from keras_vit.layers import MixUpCutMix, TrivialAugment
 from keras_vit.losses import LabelSmoothingCrossentropy
+from keras_vit.messages import is_terminal
 from keras_vit.model import VisionTransformer, default_augmentation
 from keras_vit.training.checkpoints import FOLDER, extend, newest_of_first
 from keras_vit.training.flops import costs_of_epochs

@@ -14,7 +14,8 @@ from keras import ops
 
 from keras_vit import distribution
 from keras_vit.devices import accelerators
-from keras_vit.files import atomic_write, is_terminal
+from keras_vit.files import atomic_write
+from keras_vit.messages import is_terminal
 from keras_vit.training import checkpoints
 
 # Files of a run directory.

@@ -22,7 +22,7 @@ from keras_vit import (
 )
 from keras_vit.data import Dataset
 from keras_vit.model import augmented_for_display
-from keras_vit.reporting import explorer, figures, fonts, representations
+from keras_vit.reporting import drawing, explorer, figures, fonts, representations
 from keras_vit.reporting.texts import load_texts
 
 NAMES = [
@@ -328,7 +328,7 @@ def test_letters_that_no_font_has_become_numbers_or_boxes_without_a_warning(tmp_
     text = axis.set_title("a 猫\nb")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        figures._save(figure, tmp_path / "x.png", "🐢 photos")
+        drawing.save(figure, tmp_path / "x.png", "🐢 photos")
     assert text.get_text() == "a □\nb" and figure.get_suptitle() == "□ photos"
 
 
@@ -361,7 +361,7 @@ def test_the_most_frequent_confusions_are_shown_surest_first():
 
 
 def test_a_text_beside_a_very_wide_image_and_an_image_with_alpha_are_drawn():
-    assert figures._fitted("a cat", 1.75 / 40, 10)[0] == "\n".join("acat")
+    assert drawing.fitted("a cat", 1.75 / 40, 10)[0] == "\n".join("acat")
     pixels = np.random.default_rng(0).integers(0, 256, (4, 4, 4)).astype("uint8")
     np.testing.assert_array_equal(representations._as_bytes(pixels), pixels[..., :3])
 
