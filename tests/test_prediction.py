@@ -65,7 +65,7 @@ def test_what_cannot_be_predicted_is_refused(padding, tmp_path):
         keras_vit.predict(padding, images)
     with pytest.raises(ValueError, match=r"Received: an image of shape \(8, 12, 3\)"):
         keras_vit.predict(padding, list(images))
-    with pytest.raises(ValueError, match="a list of paths. Received: images='cat.jpg'"):
+    with pytest.raises(ValueError, match=r"list of paths, such as \['cat.jpg'\]"):
         keras_vit.predict(padding, "cat.jpg")
     with pytest.raises(keras_vit.data.ImageError, match="No such file"):
         keras_vit.predict(padding, [tmp_path / "gone.jpg"])
