@@ -106,10 +106,17 @@ def compiled(tmp_path_factory):
     return folder
 
 
+def on_all_cores():
+    """Undoes that `conftest.py` gives each worker of pytest-xdist one core."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, range(os.cpu_count() or 1))
+
+
 @pytest.fixture
 def start(compiled):
     """Starts a function of this file in a program; what is left of them is killed at the end."""
     started = []
+    others = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}
 
     def program(output, *words, **environment):
         defaults = {"KERAS_BACKEND": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
@@ -122,9 +129,10 @@ def start(compiled):
                         PROGRAM.format(paths=[*map(str, (compiled, HERE, HERE.parent, ROOT))]),
                         *map(str, words),
                     ],
-                    env={**os.environ, **defaults, **environment},
+                    env={**others, **defaults, **environment},
                     stdout=file,
                     stderr=subprocess.STDOUT,
+                    preexec_fn=on_all_cores,
                 )
             )
         return started[-1]
