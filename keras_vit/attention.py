@@ -250,7 +250,13 @@ def _checked_inputs(model, images):
     """The arrays of a model's inputs, if its attention scores for them can be collected."""
     _check_graph(model)
     if isinstance(images, dict) and not isinstance(model.input, dict):  # By name, as in Keras.
-        images = [images[x.name] for x in model.inputs]
+        names = [x.name for x in model.inputs]
+        if missing := [name for name in names if name not in images]:
+            raise ValueError(
+                f"Expected `images` to have the keys {names}, but {missing[0]!r} is missing. "
+                f"Received: keys {list(images)}"
+            )
+        images = [images[name] for name in names]
     elif len(model.inputs) == 1 and not isinstance(images, dict):
         images = np.asarray(images)
     inputs, expected = keras.tree.flatten(images), [tuple(x.shape) for x in model.inputs]

@@ -3,8 +3,9 @@
 import pathlib
 
 import numpy as np
+from PIL import Image
 
-from keras_vit.files import is_output, make_output, visible
+from keras_vit.files import is_output, make_output
 from keras_vit.prediction import predict
 from keras_vit.reporting import figures, fonts, representations
 from keras_vit.reporting.explorer import MAX_IMAGES
@@ -21,9 +22,15 @@ def run(options):
     targets = [_index(names, target, options.model) for target in options.target]
     drawn_names = fonts.legible(names, load_texts(options.language)["class"])
     with explaining_failed_writes(options.output):
-        _check_apart(options.output)
+        if options.output.is_dir() and not is_output(options.output):
+            kinds = Image.registered_extensions()
+            found = (x for x in sorted(options.output.iterdir()) if x.suffix.casefold() in kinds)
+            _refuse_beside(found, options.output)
         make_output(options.output)
         for paths, images, some_failed in image_batches(options.images, model):
+            place = options.output.resolve()
+            beside = (x for x in paths if pathlib.Path(x).resolve().parent == place)
+            _refuse_beside(beside, options.output)
             failed |= some_failed
             probabilities = predict(model, images) if paths else ()
             for path, image, row in zip(paths, images, probabilities):
@@ -50,12 +57,12 @@ def run(options):
     return int(failed)
 
 
-def _check_apart(folder):
-    """Raises a `CommandError` if pictures would lie among the images of a data set."""
-    if folder.is_dir() and not is_output(folder) and (others := visible(folder)):
+def _refuse_beside(images, folder):
+    """Raises a `CommandError` if images of a data set lie in the folder of the pictures."""
+    for image in images:
         raise CommandError(
-            f"--output {folder} holds {others[0].name}, beside which pictures would be taken for "
-            f"images to train on: choose another folder, such as {folder / 'attention'}"
+            f"--output {folder} holds {pathlib.Path(image).name}, beside which pictures would be "
+            f"taken for images to train on: choose another folder, such as {folder / 'attention'}"
         )
 
 

@@ -196,18 +196,16 @@ def without_images_of(pretrained, dataset, name):
 
 def warn_of_seen(pretrained, dataset, settings):
     """Warns if a pretrained model has seen images that are validated on now."""
-    if pretrained is None:
+    is_array = dataset.manifest is None
+    if pretrained is None or is_array and not (settings.extend and settings.validation):
         return
-    if settings.extend:
-        metrics = RunDirectory(settings.init_from).metrics.read_text(encoding="utf-8")
-        if json.loads(metrics).get("training_data") == digest(dataset):
-            return  # The images that it was validated on, too.
-        if settings.validation and dataset.manifest is None:
-            warn(
-                f"{settings.init_from} was trained on other images than these: it may have seen "
-                "images that are held out for validation now, whose accuracy is too high then"
-            )
-    if dataset.manifest is None:
+    if settings.extend and _training_data(settings.init_from) == digest(dataset):
+        return  # The images that it was validated on, too.
+    if is_array:
+        warn(
+            f"{settings.init_from} was trained on other images than these: it may have seen "
+            "images that are held out for validation now, whose accuracy is too high then"
+        )
         return
     held_out = [x for x in dataset.manifest if x.split == VALIDATION]
     known = frozenset(pretrained.seen)
@@ -217,6 +215,15 @@ def warn_of_seen(pretrained, dataset, settings):
             f"{settings.init_from} was trained or validated on {seen:,} of the {len(held_out):,} "
             "validation images: their accuracy is too high"
         )
+
+
+def _training_data(run):
+    """The digest of the images that a finished run was trained on; None if it does not tell."""
+    path = RunDirectory(run).metrics
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("training_data")
+    except (ValueError, AttributeError) as error:
+        raise CommandError(f"{path} is damaged: {error}") from error
 
 
 def check_folders(settings, figures_dir):

@@ -276,6 +276,10 @@ def test_a_dictionary_names_the_inputs_of_a_model_that_was_given_a_list():
     model = keras.Model(inputs, layer(*inputs))
     scores = attention_scores(model, {"query": TOKENS, "context": -TOKENS})
     np.testing.assert_allclose(scores[:, 0], numpy_scores(layer, TOKENS, -TOKENS), atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"keys \['query', 'context'\].*Received: keys \['query'\]"
+    ):
+        attention_scores(model, {"query": TOKENS})
 
 
 def test_a_layer_that_is_called_twice_counts_as_two_blocks():

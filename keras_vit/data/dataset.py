@@ -141,7 +141,7 @@ class Dataset:
         received = f"limit_train={count}"
         count = min(count, len(self.train_labels))
         limited, _ = self._split_train(count, seed, received, UNUSED)
-        for label in set(self.train_labels.tolist()).difference(limited.train_labels.tolist()):
+        for label in self._classes_lost_in(limited):
             raise ValueError(
                 f"Class {self.class_names[label]!r} would have no training image left: take more. "
                 f"Received: {received}"
@@ -168,7 +168,7 @@ class Dataset:
         kept, held_out = self._split_train(count, seed, received, VALIDATION)
         pair = subset(self.train_images, held_out), self.train_labels[held_out]
         left = kept._without_copies_of_validation()
-        for label in set(self.train_labels.tolist()).difference(left.train_labels.tolist()):
+        for label in self._classes_lost_in(left):
             reason = "are all held out for validation: hold out fewer"
             if label in kept.train_labels:
                 reason = "are copies of those held out for validation: add others"
@@ -177,6 +177,10 @@ class Dataset:
                 f"Received: {received}"
             )
         return left, pair
+
+    def _classes_lost_in(self, part):
+        """Labels of the training images that a part of the data has no training image of."""
+        return sorted(set(self.train_labels.tolist()).difference(part.train_labels.tolist()))
 
     def _without_copies_of_validation(self):
         """The same data without training images whose content is held out, too."""

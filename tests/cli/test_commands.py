@@ -595,7 +595,9 @@ WRONG = {
     "train --dataset {images} --init-from {model} --depth 9": (
         "--depth 9 differs from --init-from {model}, which has 2: leave it out"
     ),
-    "train --dataset {images} --init-from {deep}": "channels, but those of images have 3",
+    "train --dataset {images} --init-from {deep}": (
+        "takes images of 5 channels, but those of images have 3"
+    ),
     "train --dataset {images} --init-from {model} --freeze 3": "Received: freeze=3",
     "train --dataset {images} --recipe finetune": "--recipe finetune needs --init-from: a preset s",
     "train --dataset {images} --extend 3": "--extend 3 needs the directory of a finished run, as",
@@ -606,7 +608,9 @@ WRONG = {
     "predict {images} x.png": "images is a folder. It holds no model.keras.",
     "export {model} --format torch -o x": "one of onnx, saved_model, litert, keras, timm, not",
     "page {model} -o page": "--output must end in .html, but is page",
-    "page {model} -o x.html --dataset digits": "(20, 24, 3), but those of digits have (32",
+    "page {model} -o x.html --dataset digits": (
+        "takes images of shape (20, 24, 3), but those of digits have (32"
+    ),
     "predict {deep} x.png": "takes images of 5 channels: expected one of 1, 3 or 4",
     "predict {net} x.png": "holds a Sequential, not a VisionTransformer",
     "export {net} --format saved_model -o x": "holds a Sequential, not a VisionTransformer",
